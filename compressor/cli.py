@@ -1,0 +1,259 @@
+"""The command line: one short function a verb. It parses and prints; what is decided, is decided elsewhere.
+
+Exit codes: 0 done; 1 the program is at fault; 2 something the user can correct; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from compressor import __version__
+from compressor.errors import CompressorError
+
+app = typer.Typer(
+    name="compress",
+    no_args_is_help=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+profiles_app = typer.Typer(help="List the hardware profiles, or show one.", invoke_without_command=True)
+app.add_typer(profiles_app, name="profiles")
+
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, as `compress --run` wrote it.")]
+PackageArgument = Annotated[Path, typer.Argument(metavar="PACKAGE", help="Package folder, e.g. RUN/package.")]
+
+
+def main() -> None:
+    """Entry point: run a verb; turn errors into one line and an exit code."""
+    debug = "--debug" in sys.argv
+    try:
+        app(standalone_mode=False, args=[a for a in sys.argv[1:] if a != "--debug"])
+    except CompressorError as error:
+        if debug:
+            raise
+        fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        fail("interrupted; what was finished is kept, and --resume goes on from there", 130)
+    except OSError as error:
+        if debug:
+            raise
+        fail(
+            f"{error.strerror or error}: {error.filename or 'input/output failed'}; free it and run again", 2
+        )
+    except typer.Abort:
+        fail("aborted", 130)
+    except Exception as error:
+        usage = getattr(error, "format_message", None)
+        if debug or usage is None:
+            raise
+        fail(f"{usage()} (see `compress --help`)", getattr(error, "exit_code", 2))
+
+
+def fail(message: str, code: int) -> None:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)
+
+
+@app.callback(invoke_without_command=True)
+def compress(
+    context: typer.Context,
+    profile: Annotated[str, typer.Option(help="Profile name, TOML file, or `auto` for this machine.")] = "",
+    model: Annotated[str, typer.Option(help="Hub id, Hugging Face folder, GGUF file, or `starter`.")] = "",
+    run: Annotated[Path | None, typer.Option(help="Run folder [default: runs/MODEL-PROFILE].")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in that folder.")] = False,
+    preset: Annotated[str, typer.Option(help="Effort: quick, standard or paper.")] = "",
+    memory_budget: Annotated[float | None, typer.Option(help="Override the memory budget, GiB.")] = None,
+    ttft_budget: Annotated[float | None, typer.Option(help="Override the time to first token, ms.")] = None,
+    tpot_budget: Annotated[float | None, typer.Option(help="Override the time per output token, ms.")] = None,
+    tasks: Annotated[str, typer.Option(help="`agreement`, `paper`, or lm-eval tasks, comma-separated.")] = "",
+    task_data: Annotated[
+        Path | None, typer.Option(help="Folder with the tasks' data, used before the hub.")
+    ] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(help="Few-shot examples [default: the task's own].")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Items a task, at most.")] = None,
+    train_data: Annotated[
+        str, typer.Option(help="Alpaca-form JSON(L), text file or hub id [default: data-free].")
+    ] = "",
+    evaluations: Annotated[int | None, typer.Option(help="Sub-networks to evaluate and measure.")] = None,
+    tuning_minutes: Annotated[float | None, typer.Option(help="Longest fine-tuning, minutes.")] = None,
+    tuning_steps: Annotated[int | None, typer.Option(help="Fine-tuning steps, at most.")] = None,
+    algorithm: Annotated[str, typer.Option(help="linas, published, nsga2 or random.")] = "",
+    threads: Annotated[
+        int | None, typer.Option(help="CPU threads of the engine [default: all cores].")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything random [default: 0].")] = None,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
+) -> None:
+    """Make a LLaMA-family model fit the hardware you own, and serve it.
+
+    Examples:
+
+      compress --profile starter-cpu --model starter --preset quick
+
+      compress --profile auto --model meta-llama/Llama-2-7b-hf --tasks paper
+
+      compress --run runs/demo --resume
+
+      compress serve runs/demo/package
+    """
+    if version:
+        print(f"edge-compressor {__version__}")
+        return
+    if context.invoked_subcommand is not None:
+        return
+    asked = {
+        name: value
+        for name, value in context.params.items()
+        if name not in ("resume", "run", "version") and value not in ("", None)
+    }
+    if not asked and run is None:
+        print(context.get_help())
+        return
+    run_pipeline(asked, run, resume)
+
+
+def run_pipeline(asked: dict[str, Any], run: Path | None, resume: bool) -> None:
+    from compressor.console import terminal_listener
+    from compressor.request import start_or_resume
+
+    console = Console()
+    folder, request = start_or_resume(asked, run, resume)
+    with terminal_listener(console) as listener:
+        from compressor.pipeline import execute
+
+        verdict = execute(folder, request, listener)
+    verdict.print(console)
+    if not verdict.budgets_met:
+        raise typer.Exit(3)
+
+
+@profiles_app.callback()
+def profiles(context: typer.Context) -> None:
+    if context.invoked_subcommand is not None:
+        return
+    from compressor import device
+    from compressor.profile import load_profile, profile_names
+
+    machine = device.detect()
+    table = Table("profile", "device memory", "memory", "TTFT", "TPOT", "engine", "fits here")
+    for name in profile_names():
+        entry = load_profile(name)
+        budgets = entry.budgets
+        fit = device.fits(entry, machine)
+        table.add_row(
+            name,
+            f"{entry.device.memory_gib:g} GiB",
+            f"{budgets.memory_gib:g} GiB",
+            f"{budgets.ttft_ms:g} ms",
+            f"{budgets.tpot_ms:g} ms",
+            entry.engine,
+            "yes" if fit.ok else fit.reason,
+        )
+    Console().print(table)
+
+
+@profiles_app.command("show")
+def show_profile(name: Annotated[str, typer.Argument(help="Profile name or TOML file.")]) -> None:
+    """Print a profile as TOML, to read or to copy and edit."""
+    from compressor.profile import profile_text
+
+    print(profile_text(name), end="")
+
+
+@app.command()
+def detect() -> None:
+    """Say what this machine is, and which profiles fit it."""
+    from compressor import device
+    from compressor.profile import load_profile, profile_names
+
+    machine = device.detect()
+    console = Console()
+    facts = Table.grid(padding=(0, 2))
+    for label, value in device.describe(machine):
+        facts.add_row(label, value)
+    console.print(facts)
+    table = Table("profile", "fits", "why")
+    for name in profile_names():
+        fit = device.fits(load_profile(name), machine)
+        table.add_row(name, "yes" if fit.ok else "no", fit.reason)
+    console.print(table)
+
+
+@app.command()
+def doctor(
+    run: Annotated[Path, typer.Option(help="Folder where runs will lie.")] = Path("runs"),
+) -> None:
+    """Check that this environment is fit to run: versions, engines, disk, memory, load, starter model."""
+    from compressor.doctor import diagnose
+
+    table = Table("check", "", "found", "what to do")
+    checks = diagnose(run)
+    for check in checks:
+        table.add_row(
+            check.name, "ok" if check.ok else "FAIL", check.detail, "" if check.ok else check.remedy
+        )
+    Console().print(table)
+    if not all(check.ok for check in checks):
+        raise typer.Exit(2)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def serve(
+    context: typer.Context,
+    package: PackageArgument,
+) -> None:
+    """Serve a package behind an OpenAI-compatible endpoint; further flags: `python -m serve --help`."""
+    os.execv(sys.executable, [sys.executable, "-m", "serve", str(package), *context.args])
+
+
+@app.command()
+def ask(
+    package: PackageArgument,
+    question: Annotated[str, typer.Argument(help="What to ask.")],
+    max_tokens: Annotated[int, typer.Option(help="Longest answer, tokens.")] = 64,
+) -> None:
+    """Start the endpoint, ask one chat question through HTTP, print the answer, stop the endpoint."""
+    from compressor.ask import ask_package
+
+    print(ask_package(package, question, max_tokens))
+
+
+@app.command()
+def report(run: RunArgument) -> None:
+    """Print a run's table and write its page, report/index.html."""
+    from compressor.pipeline import write_report
+
+    write_report(run).print(Console())
+
+
+@app.command()
+def replan(
+    run: RunArgument,
+    memory_budget: Annotated[float | None, typer.Option(help="Memory budget, GiB.")] = None,
+    ttft_budget: Annotated[float | None, typer.Option(help="Time to first token, ms.")] = None,
+    tpot_budget: Annotated[float | None, typer.Option(help="Time per output token, ms.")] = None,
+) -> None:
+    """Pick the winner again under other budgets, from what was evaluated; evaluates nothing."""
+    from compressor.pipeline import replan as pick_again
+
+    choice = pick_again(run, memory_gib=memory_budget, ttft_ms=ttft_budget, tpot_ms=tpot_budget)
+    choice.print(Console())
+
+
+@app.command()
+def verify(package: PackageArgument) -> None:
+    """Prove a package whole: every file's hash, that it loads, and that it speaks."""
+    from compressor.engines import verify_package
+
+    for line in verify_package(package):
+        print(line)

@@ -1,0 +1,71 @@
+"""How much effort a run spends: the presets of the command line and the wizard."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+from compressor.errors import InputError
+
+
+@dataclass(frozen=True)
+class Effort:
+    """What a run may spend. Every field is also a flag of ``compress``."""
+
+    evaluations: int
+    """Sub-networks evaluated and measured for real."""
+    tuning_minutes: float
+    """Longest time of the super-network's fine-tuning, minutes."""
+    tuning_steps: int
+    """Steps of the fine-tuning, fewer if its minutes are over first."""
+    text_sequences: int
+    """Sequences that the unpruned model writes for calibration and data-free tuning."""
+    score_sequences: int
+    """Sequences that agreement is scored on, half in the search split, half for the report."""
+    sequence_length: int
+    """Tokens of each of those sequences."""
+    bench_seconds: float
+    """Longest time to measure one candidate during the search, seconds."""
+
+
+PRESETS = {
+    "quick": Effort(
+        evaluations=40,
+        tuning_minutes=4.5,
+        tuning_steps=400,
+        text_sequences=192,
+        score_sequences=24,
+        sequence_length=160,
+        bench_seconds=2.0,
+    ),
+    "standard": Effort(
+        evaluations=120,
+        tuning_minutes=60,
+        tuning_steps=4000,
+        text_sequences=2048,
+        score_sequences=64,
+        sequence_length=256,
+        bench_seconds=4.0,
+    ),
+    "paper": Effort(
+        evaluations=250,
+        tuning_minutes=60 * 24 * 7,
+        tuning_steps=20000,
+        text_sequences=4096,
+        score_sequences=128,
+        sequence_length=512,
+        bench_seconds=10.0,
+    ),
+}
+
+
+def effort(preset: str, **overrides: float | None) -> Effort:
+    """The preset's effort with single fields replaced. Raises ``InputError``."""
+    if preset not in PRESETS:
+        raise InputError(f"unknown preset '{preset}': use one of {', '.join(PRESETS)}")
+    given = {name: value for name, value in overrides.items() if value is not None}
+    for name, value in given.items():
+        if value <= 0:
+            raise InputError(f"--{name.replace('_', '-')} must be above 0 (got {value})")
+    kinds = {f.name: f.type for f in fields(Effort)}
+    typed = {name: int(value) if kinds[name] == "int" else value for name, value in given.items()}
+    return replace(PRESETS[preset], **typed)  # type: ignore[arg-type]

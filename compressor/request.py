@@ -1,0 +1,142 @@
+"""What a run was asked: flags become one typed value, stored in run.json and read back on resume."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from compressor.errors import InputError, RunConflictError
+from compressor.presets import Effort, effort
+from compressor.profile import Profile, load_profile
+from compressor.runfolder import RUN_FILE, RunFolder
+
+Algorithm = Literal["linas", "published", "nsga2", "random"]
+AGREEMENT = "agreement"
+DEFAULT_PROFILE = "auto"
+EFFORT_FLAGS = ("evaluations", "tuning_minutes", "tuning_steps")
+BUDGET_FLAGS = {"memory_budget": "memory_gib", "ttft_budget": "ttft_ms", "tpot_budget": "tpot_ms"}
+PLAIN_FLAGS = ("model", "num_fewshot", "limit", "train_data", "threads", "seed")
+
+
+class RunRequest(BaseModel):
+    """Everything that decides a run's result."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    model: str = "starter"
+    profile: Profile
+    preset: str = "standard"
+    effort: Effort
+    tasks: tuple[str, ...] = (AGREEMENT,)
+    task_data: str = ""
+    num_fewshot: int | None = None
+    limit: int | None = None
+    train_data: str = ""
+    algorithm: Algorithm = "linas"
+    threads: int | None = None
+    seed: int = 0
+
+    @property
+    def scores_agreement(self) -> bool:
+        """Whether accuracy is agreement with the unpruned model rather than lm-eval tasks."""
+        return self.tasks == (AGREEMENT,)
+
+
+def start_or_resume(asked: Mapping[str, Any], run: Path | None, resume: bool) -> tuple[RunFolder, RunRequest]:
+    """The run folder and what it is asked, from flags and, on resume, from ``run.json``.
+
+    Raises ``InputError`` or ``RunConflictError``; neither touches an existing run.
+    """
+    if run is not None and resume and (run / RUN_FILE).exists():
+        folder = RunFolder.open_existing(run)
+        request = updated(stored_request(folder), asked, run)
+        folder.write_request(request.model_dump(mode="json"))
+        return folder, request
+    if run is not None and not asked and (run / RUN_FILE).exists():
+        raise RunConflictError(f"{run} holds a run already: add --resume to go on with it")
+    request = fresh(asked)
+    path = run or Path("runs") / default_name(request)
+    if resume and (path / RUN_FILE).exists():
+        return start_or_resume(asked, path, resume)
+    return RunFolder.create(path, request.model_dump(mode="json")), request
+
+
+def stored_request(folder: RunFolder) -> RunRequest:
+    """The request in a run folder's ``run.json``. Raises ``RunConflictError`` if it is damaged."""
+    try:
+        return RunRequest.model_validate(folder.request())
+    except ValidationError as error:
+        where = ".".join(str(part) for part in error.errors()[0]["loc"])
+        raise RunConflictError(
+            f"{folder.run_file} is damaged at {where}: restore it, or start a new run folder"
+        ) from None
+
+
+def fresh(asked: Mapping[str, Any]) -> RunRequest:
+    """A request from flags alone."""
+    profile = named_profile(str(asked.get("profile", DEFAULT_PROFILE)))
+    preset = str(asked.get("preset", "standard"))
+    base = RunRequest(profile=profile, preset=preset, effort=effort(preset))
+    return with_flags(base, asked)
+
+
+def updated(stored: RunRequest, asked: Mapping[str, Any], run: Path) -> RunRequest:
+    """The stored request with the given flags changed; another model is another run."""
+    model = asked.get("model", stored.model)
+    if model != stored.model:
+        raise RunConflictError(
+            f"{run} is a run of model '{stored.model}', not '{model}': name another folder with --run"
+        )
+    changes: dict[str, Any] = {}
+    if "profile" in asked:
+        changes["profile"] = named_profile(str(asked["profile"]))
+    if "preset" in asked and asked["preset"] != stored.preset:
+        changes |= {"preset": asked["preset"], "effort": effort(str(asked["preset"]))}
+    return with_flags(stored.model_copy(update=changes), asked)
+
+
+def with_flags(base: RunRequest, asked: Mapping[str, Any]) -> RunRequest:
+    """``base`` with every flag but profile and preset applied. Raises ``InputError``."""
+    changes: dict[str, Any] = {name: asked[name] for name in PLAIN_FLAGS if name in asked}
+    if "tasks" in asked:
+        changes["tasks"] = tuple(t.strip() for t in str(asked["tasks"]).split(",") if t.strip())
+    if "task_data" in asked:
+        changes["task_data"] = str(asked["task_data"])
+    if "algorithm" in asked:
+        if asked["algorithm"] not in get_args(Algorithm):
+            raise InputError(
+                f"unknown algorithm '{asked['algorithm']}': use one of {', '.join(get_args(Algorithm))}"
+            )
+        changes["algorithm"] = asked["algorithm"]
+    for name in ("num_fewshot", "limit", "threads"):
+        if name in changes and changes[name] < (0 if name == "num_fewshot" else 1):
+            raise InputError(f"--{name.replace('_', '-')} must be positive (got {changes[name]})")
+    if AGREEMENT in changes.get("tasks", ()) and len(changes["tasks"]) > 1:
+        raise InputError("--tasks agreement stands alone: drop it, or drop the lm-eval tasks")
+    spent = {name: asked[name] for name in EFFORT_FLAGS if name in asked}
+    if spent:
+        kept = {name: getattr(base.effort, name) for name in EFFORT_FLAGS}
+        changes["effort"] = effort(base.preset, **{**kept, **spent})
+    budgets = {field: asked[flag] for flag, field in BUDGET_FLAGS.items() if flag in asked}
+    if budgets:
+        changes["profile"] = base.profile.with_overrides(**budgets)
+    return base.model_copy(update=changes)
+
+
+def named_profile(name: str) -> Profile:
+    """The profile of that name or file, or the one that fits this machine best for ``auto``."""
+    if name != "auto":
+        return load_profile(name)
+    from compressor import device
+
+    return device.auto(device.detect())
+
+
+def default_name(request: RunRequest) -> str:
+    """Folder name of a run that was given none."""
+    model = re.sub(r"[^A-Za-z0-9.-]+", "-", Path(request.model).name).strip("-") or "model"
+    return f"{model}-{request.profile.name}"
