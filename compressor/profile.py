@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 import tomllib
 from collections.abc import Mapping
 from difflib import get_close_matches
@@ -9,27 +10,34 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from compressor.errors import InputError
 
 EngineName = Literal["onnxruntime", "vllm"]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 
 
 class _Table(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    """A TOML table: values keep the type they were written with, unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
 class Device(_Table):
     """What machine the profile is for, and how to recognise it."""
 
     kind: Literal["cpu", "cuda"]
-    match: list[str] = Field(
-        default=[], description="Parts of the device's name, any of which fits; empty: any device of the kind"
+    match: list[Annotated[str, Field(min_length=1)]] = Field(
+        default=[],
+        description="Words of the device's name, any of which fits; empty: any device of the kind",
     )
-    memory_gib: Positive = Field(description="Memory of the device, GiB")
+    memory_gib: Positive = Field(description="Memory of the device, GiB, as it is sold")
+    memory_bandwidth_gb_s: Positive | None = Field(
+        default=None, description="Peak memory bandwidth, GB/s (10^9 bytes a second)"
+    )
     description: str = ""
     source: str = Field(default="", description="Where the device's public figures come from")
 
@@ -49,9 +57,9 @@ class Budgets(_Table):
 class Workload(_Table):
     """What is served: every request has so many tokens, so many requests run at once."""
 
-    prompt_tokens: Annotated[int, Field(gt=0)]
-    output_tokens: Annotated[int, Field(gt=0)]
-    concurrency: Annotated[int, Field(gt=0)] = 1
+    prompt_tokens: Count
+    output_tokens: Count
+    concurrency: Count = 1
 
     @property
     def label(self) -> str:
@@ -70,7 +78,7 @@ class Space(_Table):
 class Profile(_Table):
     """One TOML file of ``profiles/``, typed."""
 
-    name: str
+    name: str = Field(min_length=1, pattern=r"^\w[\w.-]*$")
     summary: str = ""
     device: Device
     budgets: Budgets
@@ -79,12 +87,23 @@ class Profile(_Table):
     numerics: Literal["int8", "int4"] = "int8"
     space: Space = Space()
 
+    @model_validator(mode="after")
+    def _budget_within_device(self) -> Profile:
+        if self.budgets.memory_gib > self.device.memory_gib:
+            raise ValueError(
+                f"budgets.memory_gib ({self.budgets.memory_gib:g}) is more than the device has "
+                f"(device.memory_gib = {self.device.memory_gib:g}): lower it"
+            )
+        return self
+
     def with_overrides(self, **budgets: float | None) -> Profile:
-        """The profile with single budgets replaced (``memory_gib``, ``ttft_ms``, ``tpot_ms``)."""
+        """The profile with single budgets replaced (``memory_gib``, ``ttft_ms``, ``tpot_ms``).
+
+        None keeps the profile's own. Raises ``InputError`` on a budget that is no budget.
+        """
         given = {name: value for name, value in budgets.items() if value is not None}
-        return _validated(
-            {**self.model_dump(), "budgets": {**self.budgets.model_dump(), **given}}, "budget flags"
-        )
+        changed = {**self.model_dump(), "budgets": {**self.budgets.model_dump(), **given}}
+        return _validated(changed, f"profile '{self.name}' with the budgets given")
 
 
 def profile_names() -> list[str]:
@@ -93,34 +112,84 @@ def profile_names() -> list[str]:
 
 
 def load_profile(name_or_path: str) -> Profile:
-    """The profile of that name, or in that TOML file. Raises ``InputError``."""
-    if name_or_path.endswith(".toml") or "/" in name_or_path:
-        path = Path(name_or_path)
-        if not path.is_file():
-            raise InputError(f"no profile file {path}: give a TOML file or a name of `compress profiles`")
-        return parse_profile(path.read_text(encoding="utf-8"), str(path))
+    """The profile of that name (case does not matter), or in that TOML file. Raises ``InputError``."""
+    if _is_path(name_or_path):
+        return parse_profile(_read(Path(name_or_path)), name_or_path)
+    return parse_profile(profile_text(name_or_path), f"profile '{name_or_path}'")
+
+
+def load_profiles() -> list[Profile]:
+    """All profiles that come with the program."""
+    return [load_profile(name) for name in profile_names()]
+
+
+def profile_text(name_or_path: str) -> str:
+    """The commented TOML of a profile, to show or to copy. Raises ``InputError``."""
+    if _is_path(name_or_path):
+        return _read(Path(name_or_path))
     names = profile_names()
-    if name_or_path not in names:
-        near = get_close_matches(name_or_path, names, 3) or names
-        raise InputError(
-            f"unknown profile '{name_or_path}': did you mean {', '.join(near)}? `compress profiles` lists them"
-        )
-    text = files("profiles").joinpath(f"{name_or_path}.toml").read_text(encoding="utf-8")
-    return parse_profile(text, f"profile '{name_or_path}'")
+    name = name_or_path.lower()
+    if name not in names:
+        near = get_close_matches(name, names, 3)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"it is one of {', '.join(names)}"
+        raise InputError(f"unknown profile '{name_or_path}': {hint} (a path to a TOML file works too)")
+    return files("profiles").joinpath(f"{name}.toml").read_text(encoding="utf-8")
 
 
 def parse_profile(text: str, where: str) -> Profile:
-    """A profile from TOML text; ``where`` names the source in errors."""
+    """A profile from TOML text; ``where`` names the source in errors. Raises ``InputError``."""
     try:
-        return _validated(tomllib.loads(text), where)
+        data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise InputError(f"{where} is not valid TOML: {error}") from error
+    except RecursionError as error:
+        raise InputError(f"{where} is nested too deeply to be a profile") from error
+    return _validated(data, where)
+
+
+def _is_path(name_or_path: str) -> bool:
+    return name_or_path.lower().endswith(".toml") or "/" in name_or_path or "\\" in name_or_path
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise InputError(
+            f"no profile file {path}: give a TOML file or a name of `compress profiles`"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise InputError(f"profile file {path} cannot be read: {reason}") from error
 
 
 def _validated(data: Mapping[str, Any], where: str) -> Profile:
     try:
         return Profile.model_validate(data)
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"])
-        raise InputError(f"{where}: {field}: {first['msg'].lower()} (got {first.get('input')!r})") from None
+        raise InputError(_explain(error, where)) from None
+
+
+def _explain(error: ValidationError, where: str) -> str:
+    """One line about the first fault: the source, the field, what is wrong and what would be right."""
+    first = error.errors()[0]
+    field = ".".join(str(part) for part in first["loc"])
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "missing":
+        return f"{where}: {field} is missing: add it (`compress profiles show starter-cpu` has an example)"
+    if first["type"] == "extra_forbidden":
+        return f"{where}: {field} is not a key of profiles: {_known_keys(first['loc'])}"
+    if not field:
+        return f"{where}: {message}"
+    return f"{where}: {field}: {message[0].lower()}{message[1:]} (got {reprlib.repr(first.get('input'))})"
+
+
+def _known_keys(location: tuple[int | str, ...]) -> str:
+    table: type[BaseModel] = Profile
+    for part in location[:-1]:
+        annotation = table.model_fields[str(part)].annotation
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            break
+        table = annotation
+    near = get_close_matches(str(location[-1]), list(table.model_fields), 1)
+    return f"did you mean {near[0]}?" if near else f"remove it or use one of {', '.join(table.model_fields)}"

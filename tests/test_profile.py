@@ -1,0 +1,193 @@
+"""Profiles: the files that ship load, and what is wrong in a user's file is named in one line."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from compressor.errors import InputError
+from compressor.profile import (
+    Profile,
+    load_profile,
+    load_profiles,
+    parse_profile,
+    profile_names,
+    profile_text,
+)
+from compressor.space import ModelShape, SearchSpace, weight_bytes
+
+STARTER_SHAPE = ModelShape(576, 1536, 30, 9, 3, 64, 49152, tie_word_embeddings=True)
+
+GOOD = """
+name = "mine"
+[device]
+kind = "cpu"
+memory_gib = 8
+[budgets]
+memory_gib = 1.5
+ttft_ms = 100
+tpot_ms = 10
+[workload]
+prompt_tokens = 128
+output_tokens = 64
+"""
+
+
+def test_the_promised_profiles_ship() -> None:
+    promised = {
+        *("starter-cpu", "laptop-cpu", "xeon-cpu", "raspberry-pi-5", "jetson-orin-16g", "t4-16g"),
+        *("l4-24g", "rtx-4090-24g", "a100-40g", "a100-80g", "h100-80g"),
+    }
+    assert promised <= set(profile_names())
+
+
+@pytest.mark.parametrize("name", profile_names())
+def test_every_shipped_profile_loads_and_is_documented(name: str) -> None:
+    profile = load_profile(name)
+    assert profile.name == name
+    assert profile.summary and profile.device.description and profile.device.source
+    assert profile.engine == ("vllm" if profile.device.kind == "cuda" else "onnxruntime")
+    assert 1.0 in profile.space.depth_fractions and 1.0 in profile.space.width_fractions
+    assert profile_text(name).startswith("#"), "a copy should explain itself"
+
+
+def test_gpu_profiles_name_their_bandwidth() -> None:
+    known = {"t4-16g": 320, "a100-40g": 1555, "h100-80g": 3350, "jetson-orin-16g": 102.4}
+    found = {p.name: p.device.memory_bandwidth_gb_s for p in load_profiles()}
+    assert {name: found[name] for name in known} == known
+
+
+def test_the_starter_profile_binds_for_the_starter_model() -> None:
+    profile = load_profile("starter-cpu")
+    space = SearchSpace.from_fractions(
+        STARTER_SHAPE, profile.space.depth_fractions, profile.space.width_fractions
+    )
+    full = weight_bytes(STARTER_SHAPE, space.full, "int8")
+    assert full > profile.budgets.memory_bytes
+    assert weight_bytes(STARTER_SHAPE, space.smallest, "int8") < 0.8 * profile.budgets.memory_bytes
+    assert space.num_distinct > 1e9
+
+
+def test_names_ignore_case() -> None:
+    assert load_profile("A100-40G") == load_profile("a100-40g")
+
+
+def test_a_file_is_a_profile_too(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(GOOD, encoding="utf-8")
+    profile = load_profile(str(path))
+    assert profile.budgets.memory_bytes == 1.5 * 2**30
+    assert profile.workload.label == "128+64x1"
+
+
+def test_overrides_replace_single_budgets() -> None:
+    profile = load_profile("laptop-cpu")
+    changed = profile.with_overrides(tpot_ms=50.0, ttft_ms=None)
+    assert changed.budgets.tpot_ms == 50
+    assert changed.budgets.ttft_ms == profile.budgets.ttft_ms
+
+
+@pytest.mark.parametrize("value", [-1.0, 0.0, float("nan"), float("inf")])
+def test_a_budget_flag_that_is_no_budget(value: float) -> None:
+    with pytest.raises(InputError, match=r"'laptop-cpu'.*budgets\.tpot_ms"):
+        load_profile("laptop-cpu").with_overrides(tpot_ms=value)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("ttft_ms = 100", "ttft_ms = -100", r"mine\.toml: budgets\.ttft_ms: .*greater than 0 \(got -100\)"),
+        ("ttft_ms = 100\n", "", r"mine\.toml: budgets\.ttft_ms is missing"),
+        ("ttft_ms = 100", 'ttft_ms = "100"', r"mine\.toml: budgets\.ttft_ms: .*valid number"),
+        ("ttft_ms = 100", "ttft_ms = true", r"budgets\.ttft_ms"),
+        ("ttft_ms = 100", "ttft_ms = 100\nttf_ms = 1", r"budgets\.ttf_ms is not a key.*did you mean ttft_ms"),
+        ("[workload]", "color = 3\n[workload]", r"budgets\.color is not a key .*one of memory_gib"),
+        ('kind = "cpu"', 'kind = "tpu"', r"device\.kind.*'cpu' or 'cuda'"),
+        ("memory_gib = 1.5", "memory_gib = 9", r"budgets\.memory_gib \(9\) is more than the device has"),
+        ('name = "mine"', 'name = "../mine"', r"mine\.toml: name"),
+        ("prompt_tokens = 128", "prompt_tokens = 0", r"workload\.prompt_tokens"),
+        ("[workload]", "[space]\nwidth_fractions = []\n[workload]", r"space\.width_fractions"),
+        ("[workload]", "[space]\nwidth_fractions = [1.2]\n[workload]", r"space\.width_fractions\.0"),
+        ("ttft_ms = 100", f"ttft_ms = 1{'0' * 400}", r"budgets\.ttft_ms"),
+        ("[budgets]", "[budgets", r"mine\.toml is not valid TOML"),
+    ],
+)
+def test_faults_are_named_with_file_and_field(old: str, new: str, said: str, tmp_path: Path) -> None:
+    assert old in GOOD
+    path = tmp_path / "mine.toml"
+    path.write_text(GOOD.replace(old, new, 1), encoding="utf-8")
+    with pytest.raises(InputError, match=said) as caught:
+        load_profile(str(path))
+    assert "\n" not in str(caught.value).strip() or "TOML" in str(caught.value)
+
+
+def test_unknown_names_get_a_suggestion() -> None:
+    with pytest.raises(InputError, match="did you mean laptop-cpu"):
+        load_profile("laptop")
+    with pytest.raises(InputError, match=r"one of .*starter-cpu"):
+        load_profile("zzz")
+
+
+def test_unreadable_files(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no profile file"):
+        load_profile(str(tmp_path / "none.toml"))
+    (tmp_path / "folder.toml").mkdir()
+    with pytest.raises(InputError, match="cannot be read"):
+        load_profile(str(tmp_path / "folder.toml"))
+    (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError, match="not UTF-8"):
+        load_profile(str(tmp_path / "binary.toml"))
+
+
+@given(st.text(max_size=200))
+def test_any_text_is_a_profile_or_an_input_error(text: str) -> None:
+    try:
+        assert isinstance(parse_profile(text, "here"), Profile)
+    except InputError as error:
+        assert str(error).startswith("here")
+
+
+_scalar = st.one_of(st.booleans(), st.integers(), st.floats(), st.text(max_size=5), st.just([]), st.just({}))
+
+
+@given(
+    st.sampled_from(["name", "device.kind", "device.memory_gib", "budgets.memory_gib", "budgets.tpot_ms"]),
+    _scalar,
+)
+def test_any_value_in_a_field_is_valid_or_named(field: str, value: object) -> None:
+    data = tomllib.loads(GOOD)
+    *tables, key = field.split(".")
+    target = data
+    for table in tables:
+        target = target[table]
+    target[key] = value
+    try:
+        profile = Profile.model_validate(data)
+    except ValueError as error:
+        assert key in str(error)
+    else:
+        assert profile.budgets.memory_gib > 0 and profile.budgets.tpot_ms > 0
+        assert Profile.model_validate(profile.model_dump()) == profile
+
+
+positive = st.floats(min_value=1e-3, max_value=1e6, allow_nan=False)
+
+
+@given(budget=positive, ttft=positive, tpot=positive, prompt=st.integers(1, 10**6))
+def test_what_is_written_is_read(budget: float, ttft: float, tpot: float, prompt: int) -> None:
+    text = (
+        f'name = "p"\n[device]\nkind = "cuda"\nmemory_gib = {budget!r}\n'
+        f"[budgets]\nmemory_gib = {budget!r}\nttft_ms = {ttft!r}\ntpot_ms = {tpot!r}\n"
+        f"[workload]\nprompt_tokens = {prompt}\noutput_tokens = 1\n"
+    )
+    profile = parse_profile(text, "here")
+    assert (profile.budgets.memory_gib, profile.budgets.ttft_ms, profile.budgets.tpot_ms) == (
+        budget,
+        ttft,
+        tpot,
+    )
+    assert profile.workload.prompt_tokens == prompt
