@@ -124,14 +124,14 @@ def compress(
 
 def run_pipeline(asked: dict[str, Any], run: Path | None, resume: bool) -> None:
     from compressor.console import terminal_listener
-    from compressor.request import start_or_resume
+    from compressor.request import understand
 
     console = Console()
-    folder, request = start_or_resume(asked, run, resume)
+    path, request = understand(asked, run, resume)
     with terminal_listener(console) as listener:
         from compressor.pipeline import execute
 
-        verdict = execute(folder, request, listener)
+        verdict = execute(path, request, listener)
     verdict.print(console)
     if not verdict.budgets_met:
         raise typer.Exit(3)
@@ -257,3 +257,7 @@ def verify(package: PackageArgument) -> None:
 
     for line in verify_package(package):
         print(line)
+
+
+if __name__ == "__main__":
+    main()

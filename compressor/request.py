@@ -46,23 +46,27 @@ class RunRequest(BaseModel):
         return self.tasks == (AGREEMENT,)
 
 
-def start_or_resume(asked: Mapping[str, Any], run: Path | None, resume: bool) -> tuple[RunFolder, RunRequest]:
-    """The run folder and what it is asked, from flags and, on resume, from ``run.json``.
+def understand(asked: Mapping[str, Any], run: Path | None, resume: bool) -> tuple[Path, RunRequest]:
+    """The run folder's path and what is asked of it, from flags and, on resume, from its ``run.json``.
 
-    Raises ``InputError`` or ``RunConflictError``; neither touches an existing run.
+    Writes nothing. Raises ``InputError`` or ``RunConflictError``.
     """
-    if run is not None and resume and (run / RUN_FILE).exists():
-        folder = RunFolder.open_existing(run)
-        request = updated(stored_request(folder), asked, run)
-        folder.write_request(request.model_dump(mode="json"))
-        return folder, request
-    if run is not None and not asked and (run / RUN_FILE).exists():
-        raise RunConflictError(f"{run} holds a run already: add --resume to go on with it")
+    if run is not None and (run / RUN_FILE).exists():
+        return run, on_top_of(run, asked, resume)
     request = fresh(asked)
     path = run or Path("runs") / default_name(request)
-    if resume and (path / RUN_FILE).exists():
-        return start_or_resume(asked, path, resume)
-    return RunFolder.create(path, request.model_dump(mode="json")), request
+    if (path / RUN_FILE).exists():
+        return path, on_top_of(path, asked, resume)
+    return path, request
+
+
+def on_top_of(path: Path, asked: Mapping[str, Any], resume: bool) -> RunRequest:
+    """What is asked of a run that exists already."""
+    if not resume:
+        raise RunConflictError(
+            f"{path} holds a run already: add --resume to go on, or name another folder with --run"
+        )
+    return updated(stored_request(RunFolder.open_existing(path)), asked, path)
 
 
 def stored_request(folder: RunFolder) -> RunRequest:

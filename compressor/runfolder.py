@@ -59,6 +59,15 @@ class RunFolder:
         return folder
 
     @classmethod
+    def create_or_update(cls, path: Path, request: Mapping[str, Any]) -> RunFolder:
+        """The run folder at ``path``, new or not, with this request in its ``run.json``."""
+        if not (path / RUN_FILE).exists():
+            return cls.create(path, request)
+        folder = cls.open_existing(path)
+        folder.write_request(request)
+        return folder
+
+    @classmethod
     def open_existing(cls, path: Path) -> RunFolder:
         """The run folder at ``path``. Raises ``InputError`` where there is none or it is damaged."""
         folder = cls(path)

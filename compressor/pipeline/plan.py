@@ -1,0 +1,162 @@
+"""The preflight: what a run will search, need and take, and whether it can succeed at all."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from compressor import device, models
+from compressor.device import Machine
+from compressor.engines.memory import MemoryEstimate, required_memory_bytes
+from compressor.errors import InfeasibleError, UnfitMachineError
+from compressor.models import ModelSource
+from compressor.profile import Profile
+from compressor.request import RunRequest
+from compressor.space import ModelShape, SearchSpace, parameter_count, weight_bytes
+
+TRAINING_BYTES_PER_PARAMETER = 18
+"""bf16 weights, gradients and teacher; fp32 master weights and two Adam moments."""
+EXPORT_BYTES_PER_PARAMETER = 6
+"""Disk of base and super-network folders in bf16 and of the block-quantized exports."""
+PEAK_SHARE = {"sampling": 0.1, "training": 0.4, "scoring": 0.5}
+"""Share of the machine's matrix peak that each kind of work reaches."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run is about to do. Bytes are exact for the model; times and memory are estimates."""
+
+    source: ModelSource
+    shape: ModelShape
+    space: SearchSpace
+    evaluations: int
+    full_weight_bytes: int
+    full_memory: MemoryEstimate
+    smallest_memory: MemoryEstimate
+    stage_seconds: dict[str, float]
+    peak_memory_bytes: int
+    disk_bytes: int
+    warnings: tuple[str, ...]
+
+    @property
+    def total_seconds(self) -> float:
+        return sum(self.stage_seconds.values())
+
+
+def make_plan(request: RunRequest, machine: Machine, parent: Path = Path()) -> Plan:
+    """Check that the run can succeed on this machine and estimate what it takes.
+
+    Loads no weights. Raises ``InputError`` for a model that cannot be used, ``UnfitMachineError`` for
+    a missing device, memory or disk, and ``InfeasibleError`` where no sub-network meets the memory
+    budget.
+    """
+    profile = request.profile
+    device.require(profile, machine)
+    source = models.resolve(request.model)
+    shape = models.read_shape(source)
+    space = profile_space(shape, profile)
+    full = required_memory_bytes(shape, space.full, profile.workload, profile.numerics)
+    smallest = required_memory_bytes(shape, space.smallest, profile.workload, profile.numerics)
+    check_memory_budget(profile, full, smallest)
+    peak = parameter_count(shape, space.full) * TRAINING_BYTES_PER_PARAMETER
+    disk = parameter_count(shape, space.full) * EXPORT_BYTES_PER_PARAMETER
+    check_disk(parent, disk)
+    return Plan(
+        source=source,
+        shape=shape,
+        space=space,
+        evaluations=request.effort.evaluations,
+        full_weight_bytes=weight_bytes(shape, space.full, profile.numerics),
+        full_memory=full,
+        smallest_memory=smallest,
+        stage_seconds=estimate_seconds(request, shape, space, matrix_flops()),
+        peak_memory_bytes=peak,
+        disk_bytes=disk,
+        warnings=tuple(plan_warnings(profile, machine, full, peak)),
+    )
+
+
+def profile_space(shape: ModelShape, profile: Profile, drop_order: tuple[int, ...] = ()) -> SearchSpace:
+    """The profile's search space for a model of this shape."""
+    fractions = profile.space
+    return SearchSpace.from_fractions(
+        shape, fractions.depth_fractions, fractions.width_fractions, drop_order, tuple(fractions.bits)
+    )
+
+
+def check_memory_budget(profile: Profile, full: MemoryEstimate, smallest: MemoryEstimate) -> None:
+    """Raise ``InfeasibleError`` if even the smallest sub-network needs more than the budget."""
+    limit = profile.budgets.memory_bytes
+    if smallest.total <= limit:
+        return
+    raise InfeasibleError(
+        f"no sub-network meets the memory budget of {profile.budgets.memory_gib:g} GiB: the smallest of the "
+        f"search space needs {smallest.total / 2**30:.3f} GiB, {(smallest.total - limit) / 2**20:.0f} MiB more. "
+        f"Raise --memory-budget to at least {_round_up(smallest.total / 2**30)}, or give the profile smaller "
+        "depth_fractions or width_fractions"
+    )
+
+
+def check_disk(parent: Path, needed: int) -> None:
+    """Raise ``UnfitMachineError`` if the disk under ``parent`` is too small for the run."""
+    existing = next(p for p in (parent.absolute(), *parent.absolute().parents) if p.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise UnfitMachineError(
+            f"the run needs about {needed / 1e9:.1f} GB of disk and {existing} has {free / 1e9:.1f} GB free: "
+            "free some, or put the run on another disk with --run"
+        )
+
+
+def plan_warnings(profile: Profile, machine: Machine, full: MemoryEstimate, peak: int) -> list[str]:
+    found = []
+    if full.total <= profile.budgets.memory_bytes:
+        found.append(
+            "the unpruned model meets the memory budget already; the search only looks for a smaller or faster one"
+        )
+    if peak > machine.memory_available_bytes:
+        found.append(
+            f"fine-tuning wants about {peak / 2**30:.1f} GiB and {machine.memory_available_bytes / 2**30:.1f} GiB "
+            "are free: close other programs, or expect it to be slow"
+        )
+    return found
+
+
+def estimate_seconds(
+    request: RunRequest, shape: ModelShape, space: SearchSpace, flops: float
+) -> dict[str, float]:
+    """Expected seconds of each stage on a machine that multiplies matrices at ``flops`` operations/s."""
+    effort = request.effort
+    forward = 2.0 * parameter_count(shape, space.full)
+    sampled = (effort.text_sequences + effort.score_sequences) * effort.sequence_length
+    step = 4 * effort.sequence_length * 4 * forward
+    scored = effort.score_sequences // 2 * effort.sequence_length
+    export = 3 * (5 + forward / 2 / 10e6)
+    return {
+        "text": sampled * forward / (flops * PEAK_SHARE["sampling"]),
+        "supernet": min(
+            effort.tuning_minutes * 60, effort.tuning_steps * step / (flops * PEAK_SHARE["training"])
+        ),
+        "export": export,
+        "search": effort.evaluations
+        * (1.0 + effort.bench_seconds + scored * forward / (flops * PEAK_SHARE["scoring"])),
+        "package": 15 + export / 3,
+    }
+
+
+def matrix_flops(size: int = 768) -> float:
+    """Matrix operations/s of this machine's cores in fp32, by a trial of a few milliseconds."""
+    a = np.ones((size, size), dtype=np.float32)
+    a @ a
+    began = time.perf_counter()
+    for _ in range(4):
+        a @ a
+    return 4 * 2.0 * size**3 / (time.perf_counter() - began)
+
+
+def _round_up(value: float) -> float:
+    return float(np.ceil(value * 1000) / 1000)
