@@ -24,7 +24,11 @@ output_tokens = 4
 
 def compress(folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "compressor.cli", *args], cwd=folder, capture_output=True, text=True, timeout=300
+        [sys.executable, "-m", "compressor.cli", *args],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
 
 
@@ -83,7 +87,15 @@ def test_a_profile_of_a_device_that_is_not_here(tmp_path: Path) -> None:
 
 def test_an_unknown_task_names_the_nearest(tmp_path: Path, profile: Path, tiny_model_folder: Path) -> None:
     result = compress(
-        tmp_path, "--profile", profile.name, "--model", str(tiny_model_folder), "--tasks", "arc_esy", "--run", "run"
+        tmp_path,
+        "--profile",
+        profile.name,
+        "--model",
+        str(tiny_model_folder),
+        "--tasks",
+        "arc_esy",
+        "--run",
+        "run",
     )
     assert_refused(result, "arc_esy", "arc_easy")
 
