@@ -73,6 +73,9 @@ def compress(
     memory_budget: Annotated[float | None, typer.Option(help="Override the memory budget, GiB.")] = None,
     ttft_budget: Annotated[float | None, typer.Option(help="Override the time to first token, ms.")] = None,
     tpot_budget: Annotated[float | None, typer.Option(help="Override the time per output token, ms.")] = None,
+    prompt_tokens: Annotated[int | None, typer.Option(help="Override the workload's prompt, tokens.")] = None,
+    output_tokens: Annotated[int | None, typer.Option(help="Override the workload's answer, tokens.")] = None,
+    concurrency: Annotated[int | None, typer.Option(help="Override the workload's requests at once.")] = None,
     tasks: Annotated[str, typer.Option(help="`agreement`, `paper`, or lm-eval tasks, comma-separated.")] = "",
     task_data: Annotated[
         Path | None, typer.Option(help="Folder with the tasks' data, used before the hub.")

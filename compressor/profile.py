@@ -105,6 +105,15 @@ class Profile(_Table):
         changed = {**self.model_dump(), "budgets": {**self.budgets.model_dump(), **given}}
         return _validated(changed, f"profile '{self.name}' with the budgets given")
 
+    def with_workload(self, **counts: int | None) -> Profile:
+        """The profile with single counts of its workload replaced; None keeps the profile's own.
+
+        Raises ``InputError`` on a count that is no count.
+        """
+        given = {name: value for name, value in counts.items() if value is not None}
+        changed = {**self.model_dump(), "workload": {**self.workload.model_dump(), **given}}
+        return _validated(changed, f"profile '{self.name}' with the workload given")
+
 
 def profile_names() -> list[str]:
     """Names of the profiles that come with the program."""

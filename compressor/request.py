@@ -19,6 +19,7 @@ AGREEMENT = "agreement"
 DEFAULT_PROFILE = "auto"
 EFFORT_FLAGS = ("evaluations", "tuning_minutes", "tuning_steps")
 BUDGET_FLAGS = {"memory_budget": "memory_gib", "ttft_budget": "ttft_ms", "tpot_budget": "tpot_ms"}
+WORKLOAD_FLAGS = ("prompt_tokens", "output_tokens", "concurrency")
 PLAIN_FLAGS = ("model", "num_fewshot", "limit", "train_data", "threads", "seed")
 
 
@@ -126,8 +127,9 @@ def with_flags(base: RunRequest, asked: Mapping[str, Any]) -> RunRequest:
         kept = {name: getattr(base.effort, name) for name in EFFORT_FLAGS}
         changes["effort"] = effort(base.preset, **{**kept, **spent})
     budgets = {field: asked[flag] for flag, field in BUDGET_FLAGS.items() if flag in asked}
-    if budgets:
-        changes["profile"] = base.profile.with_overrides(**budgets)
+    workload = {name: asked[name] for name in WORKLOAD_FLAGS if name in asked}
+    if budgets or workload:
+        changes["profile"] = base.profile.with_overrides(**budgets).with_workload(**workload)
     return base.model_copy(update=changes)
 
 

@@ -6,6 +6,8 @@ base/           the unpruned model as a Hugging Face folder
 supernet/       the tuned super-network, neurons already sorted
 engine/         exports that candidates are slices of
 ledger.sqlite   every evaluation
+events.jsonl    what the run told the world, a line an event
+run.log         what a run in the background printed
 front.json  report/  package/
 """
 
@@ -24,6 +26,7 @@ from typing import Any
 from compressor.errors import InputError, RunConflictError
 
 RUN_FILE = "run.json"
+LOG_FILE = "run.log"
 FORMAT_VERSION = 1
 
 
@@ -43,6 +46,7 @@ class RunFolder:
         self.report = path / "report"
         self.package = path / "package"
         self.events = path / "events.jsonl"
+        self.log = path / LOG_FILE
 
     @classmethod
     def create(cls, path: Path, request: Mapping[str, Any]) -> RunFolder:
@@ -51,7 +55,7 @@ class RunFolder:
             raise RunConflictError(
                 f"{path} holds a run already: add --resume to go on, or name another folder with --run"
             )
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        if path.exists() and (not path.is_dir() or any(entry.name != LOG_FILE for entry in path.iterdir())):
             raise InputError(f"{path} is not empty and holds no run: name another folder with --run")
         path.mkdir(parents=True, exist_ok=True)
         folder = cls(path)

@@ -6,7 +6,7 @@ import pytest
 
 from compressor.errors import InputError, RunConflictError
 from compressor.presets import PRESETS
-from compressor.request import RunRequest, stored_request, understand
+from compressor.request import RunRequest, fresh, stored_request, understand
 from compressor.runfolder import RunFolder
 
 STARTER = {"profile": "starter-cpu", "model": "starter"}
@@ -81,3 +81,13 @@ def test_presets_ask_for_more_and_more() -> None:
     quick, standard, paper = (PRESETS[name] for name in ("quick", "standard", "paper"))
     assert quick.evaluations < standard.evaluations < paper.evaluations == 250
     assert quick.tuning_steps < standard.tuning_steps < paper.tuning_steps
+
+
+def test_flags_replace_single_counts_of_the_workload() -> None:
+    asked = fresh({"profile": "starter-cpu", "prompt_tokens": 32, "concurrency": 4})
+    assert asked.profile.workload.label == "32+64x4"
+
+
+def test_a_workload_of_nothing_is_refused_by_name() -> None:
+    with pytest.raises(InputError, match=r"workload\.output_tokens.*greater than 0"):
+        fresh({"profile": "starter-cpu", "output_tokens": 0})

@@ -101,3 +101,8 @@ def test_written_json_is_whole(tmp_path: Path) -> None:
 
 def test_the_digest_ignores_the_order_of_keys() -> None:
     assert digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1}) != digest({"a": 1, "b": 3})
+
+
+def test_a_log_that_waits_for_its_run_does_not_make_the_folder_taken(tmp_path: Path) -> None:
+    (tmp_path / "run.log").write_text("")
+    assert RunFolder.create(tmp_path, {"model": "starter"}).request() == {"model": "starter"}
