@@ -1,0 +1,141 @@
+"""Timing a loaded model on a workload: warm-up, repeats, medians. The same for every engine.
+
+A workload is served as a static batch: ``concurrency`` prompts are read together (TTFT ends with
+their first tokens), then every step yields one token a sequence (TPOT). Throughput follows from both.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from compressor.measurement import Measurement
+from compressor.profile import Workload
+
+WARM_UP_STEPS = 4
+MAX_STEPS = 48
+"""Steps timed in one repeat; of longer outputs, those in the middle, where the cache is half full."""
+
+PRECISION = 0.05
+"""Repeats stop once the 95% interval of both medians is narrower than this share of the median."""
+
+
+class Runner(Protocol):
+    """A loaded model and one static batch of prompts."""
+
+    def prefill(self) -> None:
+        """Read fresh prompts up to their first tokens."""
+        ...
+
+    def step(self) -> None:
+        """One more token for every sequence."""
+        ...
+
+    def skip(self, tokens: int) -> None:
+        """Count tokens as generated without computing them, where the engine can; else generate."""
+        ...
+
+
+@dataclass
+class Timings:
+    """Seconds of each prefill and of each step, in the order they ran."""
+
+    prefills: list[float] = field(default_factory=list)
+    steps: list[float] = field(default_factory=list)
+    rounds: list[float] = field(default_factory=list)
+
+    @property
+    def repeats(self) -> int:
+        return len(self.prefills)
+
+    @property
+    def settled(self) -> bool:
+        """Whether the medians are known to ``PRECISION``."""
+        return all(relative_interval(values) < PRECISION for values in (self.prefills, self.rounds) if values)
+
+
+def time_workload(
+    runner: Runner, workload: Workload, *, max_seconds: float = 3.0, min_repeats: int = 3
+) -> Timings:
+    """Warm up, then repeat the workload until its medians are settled or the time is up.
+
+    At least ``min_repeats`` are run whatever they take, except that a model so slow that one
+    repeat takes longer than ``max_seconds`` is run just once after its warm-up.
+    """
+    timings = Timings()
+    _warm_up(runner, workload)
+    start = time.perf_counter()
+    while True:
+        time_once(runner, workload, timings)
+        elapsed = time.perf_counter() - start
+        enough = timings.repeats >= min_repeats or elapsed > max_seconds * timings.repeats
+        if enough and (elapsed >= max_seconds or timings.settled):
+            return timings
+
+
+def time_once(runner: Runner, workload: Workload, timings: Timings) -> None:
+    """One repeat: a prefill, then the steps of one output."""
+    began = time.perf_counter()
+    runner.prefill()
+    timings.prefills.append(time.perf_counter() - began)
+    total = workload.output_tokens - 1
+    steps = min(total, MAX_STEPS)
+    runner.skip((total - steps) // 2)
+    first = len(timings.steps)
+    for _ in range(steps):
+        began = time.perf_counter()
+        runner.step()
+        timings.steps.append(time.perf_counter() - began)
+    if steps:
+        timings.rounds.append(statistics.median(timings.steps[first:]))
+
+
+def summarise(
+    timings: Timings,
+    workload: Workload,
+    *,
+    peak_memory_bytes: int = 0,
+    conditions: Mapping[str, Any] | None = None,
+) -> Measurement:
+    """Medians and 90th percentiles of what was timed."""
+    ttft = statistics.median(timings.prefills)
+    tpot = statistics.median(timings.rounds) if timings.rounds else 0.0
+    request = ttft + (workload.output_tokens - 1) * tpot
+    return Measurement(
+        ttft_ms=1e3 * ttft,
+        tpot_ms=1e3 * tpot,
+        throughput_tok_s=workload.concurrency * workload.output_tokens / request,
+        peak_memory_bytes=peak_memory_bytes,
+        ttft_p90_ms=1e3 * percentile(timings.prefills, 0.9),
+        tpot_p90_ms=1e3 * percentile(timings.steps, 0.9),
+        repeats=timings.repeats,
+        conditions=dict(conditions or {}),
+    )
+
+
+def relative_interval(values: Sequence[float]) -> float:
+    """Width of the 95% interval of the median, as a share of it; infinite below four values.
+
+    Normal approximation of the median's standard error, 1.2533 s / sqrt(n), with s from the median
+    absolute deviation, so that a single disturbed repeat does not count (Rousseeuw & Croux 1993).
+    """
+    if len(values) < 4:
+        return float("inf")
+    middle = statistics.median(values)
+    spread = 1.4826 * statistics.median([abs(value - middle) for value in values])
+    return float(2 * 1.96 * 1.2533 * spread / len(values) ** 0.5 / middle)
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """The smallest value that ``share`` of the values do not exceed; 0 for none."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else 0.0
+
+
+def _warm_up(runner: Runner, workload: Workload) -> None:
+    runner.prefill()
+    for _ in range(min(WARM_UP_STEPS, workload.output_tokens - 1)):
+        runner.step()

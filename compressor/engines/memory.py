@@ -1,0 +1,92 @@
+"""How much memory serving takes, computed from shapes alone before anything is built.
+
+ONNX Runtime keeps, beside the weights themselves, one fp32 sum a block of every matrix that
+MatMulNBits packs (``_PACKING_BYTES`` a block); the embedding is read in place. Activations are the
+widest moment of a layer over all prompt tokens at once, in fp32.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from compressor.engines.base import MemoryEstimate
+from compressor.profile import Workload
+from compressor.space import (
+    BYTES_PER_ELEMENT,
+    QUANT_BLOCK,
+    ModelShape,
+    Numerics,
+    SubNetwork,
+    kv_cache_bytes,
+    weight_bytes,
+)
+
+_PACKING_BYTES = 4
+
+
+def required_memory_bytes(
+    shape: ModelShape, subnet: SubNetwork, workload: Workload, numerics: Numerics = "int8"
+) -> MemoryEstimate:
+    """Weights, key-value cache and activations of serving ``workload`` as a static batch."""
+    quantized = numerics in ("int8", "int4")
+    element = 4 if quantized else int(BYTES_PER_ELEMENT[numerics])
+    weights = weight_bytes(shape, subnet, numerics)
+    if quantized:
+        weights += rope_bytes(shape) + _packing_bytes(shape, subnet)
+    tokens = workload.prompt_tokens + workload.output_tokens
+    cache = kv_cache_bytes(shape, subnet, tokens, workload.concurrency, element)
+    return MemoryEstimate(weights, cache, _activation_bytes(shape, subnet, workload, element))
+
+
+def package_bytes(shape: ModelShape, subnet: SubNetwork, numerics: Numerics = "int8") -> int:
+    """Bytes of a package's ``model.onnx.data``: the weights and the rotary embedding's tables."""
+    return weight_bytes(shape, subnet, numerics) + rope_bytes(shape)
+
+
+def rope_bytes(shape: ModelShape) -> int:
+    """Cosines and sines, fp32 [context length, head_dim / 2] each."""
+    return 2 * 4 * shape.max_position_embeddings * (shape.head_dim // 2)
+
+
+def resident_bytes() -> int:
+    """Memory of this process that is resident now."""
+    return _status_bytes("VmRSS")
+
+
+def peak_bytes() -> int:
+    """The most memory of this process that was resident since ``reset_peak``."""
+    return _status_bytes("VmHWM")
+
+
+def reset_peak() -> None:
+    """Count ``peak_bytes`` from now on (Linux; elsewhere it counts from the process's start)."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return
+
+
+def _packing_bytes(shape: ModelShape, subnet: SubNetwork) -> int:
+    matrices = [(shape.vocab_size, shape.hidden_size)]
+    for width in subnet.widths:
+        matrices += [*shape.attention_matrices(), *shape.mlp_matrices(width)]
+    return sum(n * -(-k // QUANT_BLOCK) for n, k in matrices) * _PACKING_BYTES
+
+
+def _activation_bytes(shape: ModelShape, subnet: SubNetwork, workload: Workload, element: int) -> int:
+    width = max(subnet.widths, default=0)
+    attention = 2 * shape.q_size + 2 * shape.kv_size
+    per_token = 3 * shape.hidden_size + max(4 * width, attention)
+    tokens = workload.prompt_tokens * workload.concurrency
+    return element * (tokens * per_token + workload.concurrency * shape.vocab_size)
+
+
+def _status_bytes(field: str) -> int:
+    try:
+        text = Path("/proc/self/status").read_text(encoding="utf-8")
+    except OSError:
+        import psutil
+
+        return int(psutil.Process().memory_info().rss)
+    line = next(line for line in text.splitlines() if line.startswith(field + ":"))
+    return int(line.split()[1]) * 1024

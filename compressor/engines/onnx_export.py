@@ -1,0 +1,193 @@
+"""Export a super-network once: every matrix quantized, tensor by tensor, into one shared file.
+
+The graph is written by ``onnx_graph`` for each sub-network, so nothing here traces a model: peak
+memory is one matrix, whatever the model's size, and a 135M model takes seconds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors import safe_open
+from transformers import AutoConfig, PretrainedConfig
+
+from compressor import models
+from compressor.engines.onnx_store import (
+    INDEX_FILE,
+    SOURCE_FOLDER,
+    WEIGHTS_FILE,
+    Constants,
+    Export,
+    TensorFile,
+    open_export,
+)
+from compressor.engines.quantize import quantize
+from compressor.errors import InputError
+from compressor.events import Listener, StageProgress, ignore
+from compressor.space import QUANT_BLOCK, ModelShape
+
+STAGE = "export"
+SOURCE_SUFFIXES = (".json", ".jinja", ".txt", ".model")
+NOT_SOURCE = ("model.safetensors.index.json", "supernet.json")
+
+
+def export(
+    source: Path, out: Path, bits: Sequence[int] = (8,), listener: Listener = ignore, replace: bool = False
+) -> Export:
+    """Quantize a Hugging Face folder into ``out``, and open the result.
+
+    A finished export of the same weights and bits is reused; one of others is an ``InputError``
+    unless ``replace``. ``out`` is whole or absent.
+    """
+    wanted = tuple(sorted(set(bits)))
+    weights_hash = _hash_of(source)
+    if (out / INDEX_FILE).is_file() and not replace:
+        present = open_export(out)
+        if present.weights_hash == weights_hash and set(wanted) <= set(present.bits):
+            return present
+        raise InputError(f"{out} is an export of other weights or bits: delete it or choose another folder")
+    temporary = out.with_name(out.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        _write(source, temporary, wanted, weights_hash, listener)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    shutil.rmtree(out, ignore_errors=True)
+    temporary.rename(out)
+    return open_export(out)
+
+
+def _write(source: Path, out: Path, bits: tuple[int, ...], weights_hash: str, listener: Listener) -> None:
+    shape = models.read_shape(models.resolve(str(source)))
+    if shape.hidden_size % QUANT_BLOCK:
+        raise InputError(f"{source}: hidden size {shape.hidden_size} is no multiple of {QUANT_BLOCK}")
+    config = AutoConfig.from_pretrained(source)
+    weights = Checkpoint(source)
+    with TensorFile(out / WEIGHTS_FILE) as file:
+        for name, cache in zip(("cos", "sin"), _rope_caches(config), strict=True):
+            file.add(name, cache)
+        file.add("norm", _float(weights["model.norm.weight"]))
+        for layer in range(shape.num_layers):
+            _add_layer(file, weights, layer, shape, bits)
+            listener(StageProgress(STAGE, layer + 1, shape.num_layers + 1))
+        tied = shape.tie_word_embeddings
+        _add_matrix(file, "head", weights["model.embed_tokens.weight" if tied else "lm_head.weight"], bits)
+        if not tied:
+            _add_matrix(file, "embed", weights["model.embed_tokens.weight"], bits)
+        listener(StageProgress(STAGE, shape.num_layers + 1, shape.num_layers + 1))
+    _copy_source(source, out / SOURCE_FOLDER)
+    Export(out, shape, _constants(config), file.table, bits, weights_hash).save()
+
+
+class Checkpoint:
+    """The tensors of a Hugging Face folder by name, read one at a time. Raises ``InputError``."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        index = folder / "model.safetensors.index.json"
+        if index.is_file():
+            self._files = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        else:
+            with self._open("model.safetensors") as file:
+                self._files = dict.fromkeys(file.keys(), "model.safetensors")
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._files
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name not in self._files:
+            raise InputError(f"{self._folder} lacks the tensor {name}: it is incomplete, fetch it again")
+        with self._open(self._files[name]) as file:
+            tensor: torch.Tensor = file.get_tensor(name)
+        return tensor
+
+    def _open(self, name: str) -> Any:
+        path = self._folder / name
+        try:
+            return safe_open(path, framework="pt")
+        except Exception as error:
+            raise InputError(f"{path} is missing or cut short ({error}): fetch the model again") from None
+
+
+def _add_layer(
+    file: TensorFile, weights: Checkpoint, layer: int, shape: ModelShape, bits: tuple[int, ...]
+) -> None:
+    source, target = f"model.layers.{layer}.", f"layers.{layer}."
+    file.add(f"{target}input_norm", _float(weights[f"{source}input_layernorm.weight"]))
+    file.add(f"{target}post_norm", _float(weights[f"{source}post_attention_layernorm.weight"]))
+    if shape.qk_norm:
+        for head in ("q", "k"):
+            file.add(f"{target}{head}_norm", _float(weights[f"{source}self_attn.{head}_norm.weight"]))
+    attention = [f"{source}self_attn.{part}_proj" for part in ("q", "k", "v")]
+    _add_matrix(file, f"{target}qkv", torch.cat([weights[f"{name}.weight"] for name in attention]), bits)
+    if shape.qkv_bias:
+        biases = [_float(weights[f"{name}.bias"]) for name in attention]
+        file.add(f"{target}qkv_bias", np.concatenate(biases))
+    rest = {"o": "self_attn.o_proj", "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"}
+    for name, module in rest.items():
+        _add_matrix(file, f"{target}{name}", weights[f"{source}{module}.weight"], bits)
+        if f"{source}{module}.bias" in weights:
+            file.add(f"{target}{name}_bias", _float(weights[f"{source}{module}.bias"]))
+
+
+def _add_matrix(file: TensorFile, name: str, weight: torch.Tensor, bits: tuple[int, ...]) -> None:
+    for width in bits:
+        integers, scales = quantize(weight, width)
+        file.add(f"{name}.{width}.weight", integers.numpy())
+        file.add(f"{name}.{width}.scales", scales.numpy())
+
+
+def _rope_caches(config: PretrainedConfig) -> Iterator[npt.NDArray[np.float32]]:
+    """Cosines and sines, fp32 [context length, head_dim / 2], with the model's own scaling."""
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    rope = LlamaRotaryEmbedding(config)
+    positions = torch.arange(config.max_position_embeddings, dtype=torch.float32)
+    angles = torch.outer(positions, rope.inv_freq.float())
+    yield (angles.cos() * rope.attention_scaling).numpy()
+    yield (angles.sin() * rope.attention_scaling).numpy()
+
+
+def _constants(config: PretrainedConfig) -> Constants:
+    windowed = getattr(config, "use_sliding_window", True)
+    window = getattr(config, "sliding_window", None) if windowed else None
+    return Constants(
+        norm_epsilon=float(config.rms_norm_eps),
+        context_length=int(config.max_position_embeddings),
+        local_window=int(window) if window else -1,
+    )
+
+
+def _copy_source(source: Path, out: Path) -> None:
+    out.mkdir()
+    for path in sorted(source.iterdir()):
+        if path.is_file() and path.suffix in SOURCE_SUFFIXES and path.name not in NOT_SOURCE:
+            shutil.copyfile(path, out / path.name)
+
+
+def _hash_of(source: Path) -> str:
+    """Hash of the folder's config and weight bytes."""
+    digest = hashlib.sha256()
+    shards = sorted(source.glob("*.safetensors"))
+    if not shards:
+        raise InputError(f"{source} holds no safetensors weights: give a Hugging Face folder")
+    for path in (source / "config.json", *shards):
+        digest.update(path.name.encode())
+        with path.open("rb") as stream:
+            while chunk := stream.read(1 << 22):
+                digest.update(chunk)
+    return digest.hexdigest()[:16]
+
+
+def _float(tensor: torch.Tensor) -> npt.NDArray[np.float32]:
+    return np.asarray(tensor.float().numpy())

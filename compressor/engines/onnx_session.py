@@ -1,0 +1,122 @@
+"""An ONNX Runtime session over a candidate's graph, and the decoding loop that serving runs.
+
+Keys and values live in buffers of full length, allocated once and bound as both past and present,
+so that a step copies no cache; between steps only the token ids and the mask change.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnxruntime as ort
+
+from compressor.errors import UnfitMachineError
+from compressor.space import ModelShape
+
+CPU = "CPUExecutionProvider"
+_WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
+
+
+def open_session(
+    graph: onnx.ModelProto, weights: Path, threads: int | None = None, profile_to: str | None = None
+) -> ort.InferenceSession:
+    """Load a graph whose external weights lie in folder ``weights``.
+
+    ``threads``: of one operator; default, the cores this process may use. ``profile_to`` is the
+    prefix of ONNX Runtime's profile, written at ``session.end_profiling()``.
+    Raises ``UnfitMachineError`` where ONNX Runtime cannot.
+    """
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads or usable_cores()
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    options.add_session_config_entry(_WEIGHTS_FOLDER, str(weights.resolve()))
+    if profile_to is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = profile_to
+    try:
+        return ort.InferenceSession(graph.SerializeToString(), options, providers=[CPU])
+    except Exception as error:
+        first = str(error).splitlines()[0]
+        raise UnfitMachineError(
+            f"ONNX Runtime {ort.__version__} cannot load the sub-network ({first}): free memory, or "
+            f'reinstall the engine with `pip install "edge-compressor[onnx]"`'
+        ) from None
+
+
+def usable_cores() -> int:
+    """Cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class Decoder:
+    """A batch of equally long sequences being decoded greedily."""
+
+    def __init__(self, session: ort.InferenceSession, shape: ModelShape, batch: int, capacity: int) -> None:
+        """Buffers for ``batch`` sequences of up to ``capacity`` tokens each."""
+        self._session = session
+        self._binding = session.io_binding()
+        self._mask = np.ones((batch, capacity), np.int64)
+        self._buffers = []
+        self.length = 0
+        depth = sum(entry.name.endswith(".key") for entry in session.get_inputs())
+        dims = [batch, shape.num_kv_heads, capacity, shape.head_dim]
+        for layer in range(depth):
+            for kind in ("key", "value"):
+                buffer = ort.OrtValue.ortvalue_from_numpy(np.zeros(dims, np.float32))
+                self._buffers.append(buffer)
+                self._binding.bind_ortvalue_input(f"past_key_values.{layer}.{kind}", buffer)
+                self._binding.bind_ortvalue_output(f"present.{layer}.{kind}", buffer)
+        self._rows_are_all = session.get_outputs()[0].shape[1] != 1
+        self._vocabulary = shape.vocab_size
+        self._logits: dict[tuple[int, ...], ort.OrtValue] = {}
+
+    def restart(self) -> None:
+        """Forget the sequences; their buffers are reused."""
+        self.length = 0
+
+    def step(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        """Append ``ids`` [batch, length] to the sequences; returns the logits [batch, rows, vocabulary].
+
+        The logits live in a buffer that the next step writes over. More than one token onto sequences that
+        have some already needs a batch of one, a limit of GroupQueryAttention on CPU.
+        """
+        self.length += ids.shape[1]
+        mask = np.ascontiguousarray(self._mask[:, : self.length])
+        self._binding.bind_cpu_input("input_ids", np.ascontiguousarray(ids))
+        self._binding.bind_cpu_input("attention_mask", mask)
+        output = self._output(ids.shape[0], ids.shape[1] if self._rows_are_all else 1)
+        self._binding.bind_ortvalue_output("logits", output)
+        self._session.run_with_iobinding(self._binding)
+        logits: npt.NDArray[np.float32] = output.numpy()
+        return logits
+
+    def _output(self, *dims: int) -> ort.OrtValue:
+        """A buffer for logits of this shape, allocated once."""
+        if dims not in self._logits:
+            buffer = np.empty((*dims, self._vocabulary), np.float32)
+            self._logits[dims] = ort.OrtValue.ortvalue_from_numpy(buffer)
+        return self._logits[dims]
+
+    def next_ids(self, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
+        """The likeliest next token of each sequence, [batch, 1]."""
+        return np.asarray(logits[:, -1].argmax(axis=-1)[:, None], np.int64)
+
+
+def prefill_logits(
+    session: ort.InferenceSession, shape: ModelShape, ids: npt.NDArray[np.int64]
+) -> npt.NDArray[np.float32]:
+    """Logits of sequences ``ids`` [batch, length] in one pass, [batch, rows, vocabulary]."""
+    ids = np.ascontiguousarray(ids, np.int64)
+    empty = np.zeros((ids.shape[0], shape.num_kv_heads, 0, shape.head_dim), np.float32)
+    feed: dict[str, Any] = {
+        entry.name: empty for entry in session.get_inputs() if entry.name.startswith("past_key_values")
+    }
+    feed |= {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+    (logits,) = session.run(["logits"], feed)
+    return np.asarray(logits, np.float32)

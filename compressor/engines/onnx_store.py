@@ -1,0 +1,248 @@
+"""An export: the super-network's quantized tensors in one file, and the slices a sub-network takes.
+
+Folder of an export:
+    weights.bin      every tensor, each at a multiple of ``ALIGNMENT`` bytes
+    down-WIDTH.bin   down projections cut to a width, made when a sub-network first asks
+    export.json      shape, source, and the table of tensors
+    source/          config, generation config and tokenizer of the super-network
+
+The rows of gate and up projections are neurons, sorted by importance, so a narrower layer is a
+prefix of the same bytes. The down projection's neurons are its columns: a narrower one is a cut at
+whole blocks and has bytes of its own. Needs numpy alone.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from compressor.errors import InputError
+from compressor.space import BITS_NUMERICS, QUANT_BLOCK, ModelShape, Numerics, SubNetwork
+
+ALIGNMENT = 64
+WEIGHTS_FILE = "weights.bin"
+INDEX_FILE = "export.json"
+SOURCE_FOLDER = "source"
+FORMAT_VERSION = 1
+DTYPES: Mapping[str, type[np.generic]] = {"uint8": np.uint8, "float32": np.float32}
+
+
+@dataclass(frozen=True)
+class TensorRef:
+    """Where a tensor's bytes are: row-major, ``dims`` elements of ``dtype`` from ``offset`` on."""
+
+    file: str
+    offset: int
+    dims: tuple[int, ...]
+    dtype: str
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.dims) * np.dtype(self.dtype).itemsize
+
+    def prefix(self, rows: int) -> TensorRef:
+        """The first rows of this tensor, the same bytes."""
+        return replace(self, dims=(rows, *self.dims[1:]))
+
+    def reshaped(self, *dims: int) -> TensorRef:
+        if math.prod(dims) != math.prod(self.dims):
+            raise ValueError(f"{dims} does not hold {self.dims}")
+        return replace(self, dims=dims)
+
+
+@dataclass(frozen=True)
+class Constants:
+    """What a graph needs beside tensors."""
+
+    norm_epsilon: float
+    context_length: int
+    local_window: int = -1
+
+
+class TensorFile:
+    """A file of aligned tensors being written; ``table`` collects where they are."""
+
+    def __init__(self, path: Path) -> None:
+        self._stream = path.open("wb")
+        self._name = path.name
+        self.table: dict[str, TensorRef] = {}
+
+    def add(self, name: str, array: npt.NDArray[Any]) -> None:
+        self._stream.write(b"\0" * (-self._stream.tell() % ALIGNMENT))
+        self.table[name] = TensorRef(self._name, self._stream.tell(), array.shape, array.dtype.name)
+        self._stream.write(np.ascontiguousarray(array).data)
+
+    def __enter__(self) -> TensorFile:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stream.close()
+
+
+class Export:
+    """A finished export, opened for reading. Make it with ``onnx_export.export``."""
+
+    def __init__(
+        self,
+        folder: Path,
+        shape: ModelShape,
+        constants: Constants,
+        table: Mapping[str, TensorRef],
+        bits: tuple[int, ...],
+        weights_hash: str,
+    ) -> None:
+        self.folder = folder
+        self.shape = shape
+        self.constants = constants
+        self.bits = bits
+        self.weights_hash = weights_hash
+        self._table = dict(table)
+        self._down = {shape.intermediate_size: self._table}
+
+    @property
+    def source(self) -> Path:
+        """The super-network's config and tokenizer files."""
+        return self.folder / SOURCE_FOLDER
+
+    def tensors(self, subnet: SubNetwork, numerics: Numerics = "int8") -> dict[str, TensorRef]:
+        """The tensors of a sub-network by role, layers renumbered from 0.
+
+        Raises ``InputError`` for bits that were not exported or layers the model lacks.
+        """
+        outer = 4 if numerics == "int4" else 8
+        self._require_bits({outer, *self._layer_bits(subnet, numerics)})
+        head = self._pair(f"head.{outer}")
+        table = {
+            "norm": self._table["norm"],
+            "cos": self._table["cos"],
+            "sin": self._table["sin"],
+            "head.weight": head[0],
+            "head.scales": head[1],
+        }
+        embed = head if self.shape.tie_word_embeddings else self._pair(f"embed.{outer}")
+        table["embed.weight"] = embed[0].reshaped(
+            self.shape.vocab_size, -(-embed[0].bytes // embed[0].dims[0])
+        )
+        table["embed.scales"] = embed[1]
+        for position, (layer, width, bits) in enumerate(
+            zip(subnet.layers, subnet.widths, self._layer_bits(subnet, numerics), strict=True)
+        ):
+            roles = self._layer(layer, width, bits)
+            table |= {f"layers.{position}.{role}": ref for role, ref in roles.items()}
+        return table
+
+    def read(self, ref: TensorRef) -> npt.NDArray[Any]:
+        """The tensor's values, memory-mapped."""
+        return np.memmap(
+            self.folder / ref.file, dtype=DTYPES[ref.dtype], mode="r", offset=ref.offset, shape=ref.dims
+        )
+
+    def prepare(self, widths: Iterator[int] | tuple[int, ...]) -> None:
+        """Cut the down projections to these widths now rather than at first use."""
+        for width in sorted(set(widths)):
+            self._down_table(width)
+
+    def save(self) -> None:
+        index = {
+            "format_version": FORMAT_VERSION,
+            "shape": asdict(self.shape),
+            "constants": asdict(self.constants),
+            "bits": list(self.bits),
+            "weights_hash": self.weights_hash,
+            "tensors": {name: asdict(ref) for name, ref in self._table.items()},
+        }
+        (self.folder / INDEX_FILE).write_text(json.dumps(index), encoding="utf-8")
+
+    def _layer_bits(self, subnet: SubNetwork, numerics: Numerics) -> tuple[int, ...]:
+        if numerics not in ("int8", "int4"):
+            raise InputError(
+                f"ONNX Runtime packages are int8 or int4, not {numerics}: set the profile's numerics"
+            )
+        if subnet.layers and max(subnet.layers) >= self.shape.num_layers:
+            raise InputError(
+                f"{self.folder} has {self.shape.num_layers} layers: {subnet.layers} does not fit"
+            )
+        return (4,) * subnet.depth if numerics == "int4" else subnet.bits
+
+    def _require_bits(self, wanted: set[int]) -> None:
+        if missing := sorted(wanted - set(self.bits)):
+            raise InputError(f"{self.folder} lacks {missing[0]}-bit weights: export it again with them")
+
+    def _pair(self, name: str) -> tuple[TensorRef, TensorRef]:
+        return self._table[f"{name}.weight"], self._table[f"{name}.scales"]
+
+    def _layer(self, layer: int, width: int, bits: int) -> dict[str, TensorRef]:
+        stem = f"layers.{layer}."
+        table = {
+            role[len(stem) :]: ref
+            for role, ref in self._table.items()
+            if role.startswith(stem) and role.count(".") == 2
+        }
+        for matrix in ("qkv", "o"):
+            table[f"{matrix}.weight"], table[f"{matrix}.scales"] = self._pair(f"{stem}{matrix}.{bits}")
+        for matrix in ("gate", "up"):
+            weight, scales = self._pair(f"{stem}{matrix}.{bits}")
+            table[f"{matrix}.weight"], table[f"{matrix}.scales"] = weight.prefix(width), scales.prefix(width)
+            if f"{matrix}_bias" in table:
+                table[f"{matrix}_bias"] = table[f"{matrix}_bias"].prefix(width)
+        down = self._down_table(width)
+        table["down.weight"] = down[f"{stem}down.{bits}.weight"]
+        table["down.scales"] = down[f"{stem}down.{bits}.scales"]
+        return table
+
+    def _down_table(self, width: int) -> Mapping[str, TensorRef]:
+        """Down projections at this width: the export's own if full, else a file cut once."""
+        if width not in self._down:
+            index = self.folder / f"down-{width}.json"
+            if not index.is_file():
+                self._cut_down(width, index)
+            self._down[width] = _table_from_json(json.loads(index.read_text(encoding="utf-8")))
+        return self._down[width]
+
+    def _cut_down(self, width: int, index: Path) -> None:
+        blocks = -(-width // QUANT_BLOCK)
+        temporary = self.folder / f"down-{width}.bin.tmp"
+        with TensorFile(temporary) as file:
+            for name, ref in self._table.items():
+                if ".down." in name:
+                    file.add(name, self.read(ref)[:, :blocks])
+        temporary.replace(self.folder / f"down-{width}.bin")
+        table = {name: asdict(replace(ref, file=f"down-{width}.bin")) for name, ref in file.table.items()}
+        partial = index.with_suffix(".tmp")
+        partial.write_text(json.dumps(table), encoding="utf-8")
+        partial.replace(index)
+
+
+def open_export(folder: Path) -> Export:
+    """The export in a folder. Raises ``InputError`` where there is none, or one of another format."""
+    try:
+        index = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise InputError(f"{folder} holds no finished export: delete it and run again") from None
+    if index["format_version"] != FORMAT_VERSION:
+        raise InputError(f"{folder} has format {index['format_version']}, not {FORMAT_VERSION}: delete it")
+    return Export(
+        folder,
+        ModelShape(**index["shape"]),
+        Constants(**index["constants"]),
+        _table_from_json(index["tensors"]),
+        tuple(index["bits"]),
+        index["weights_hash"],
+    )
+
+
+def numerics_of(bits: int) -> Numerics:
+    return BITS_NUMERICS[bits]
+
+
+def _table_from_json(entries: Mapping[str, Any]) -> dict[str, TensorRef]:
+    return {
+        name: TensorRef(e["file"], e["offset"], tuple(e["dims"]), e["dtype"]) for name, e in entries.items()
+    }

@@ -1,0 +1,100 @@
+"""Proofs about a candidate or package: agreement with PyTorch, and that it loads and speaks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnxruntime as ort
+from tokenizers import Tokenizer
+
+from compressor.engines.onnx_package import GRAPH_FILE
+from compressor.engines.onnx_session import Decoder, open_session
+from compressor.errors import CompressorError, PackageError
+from compressor.manifest import Manifest
+from compressor.space import ModelShape, Numerics
+
+KL_BOUND: dict[str, float] = {"int8": 0.02, "int4": 0.5}
+"""Mean divergence from the sub-network in PyTorch, nats a token, above which a package is refused."""
+
+PROMPTS = ("The capital of France is", "def add(a, b):", "Once upon a time")
+CONTINUATION_TOKENS = 12
+
+
+def mean_kl(reference: npt.NDArray[np.float32], candidate: npt.NDArray[np.float32]) -> float:
+    """Mean Kullback-Leibler divergence of next-token distributions, nats; logits [tokens, vocabulary]."""
+    p, q = _log_softmax(reference), _log_softmax(candidate)
+    return float((np.exp(p) * (p - q)).sum(axis=-1).mean())
+
+
+def check_logits(
+    reference: npt.NDArray[np.float32], candidate: npt.NDArray[np.float32], numerics: Numerics
+) -> float:
+    """The mean divergence, if it is within the bound for these numerics. Raises ``PackageError``."""
+    divergence = mean_kl(reference, candidate)
+    if not divergence <= KL_BOUND[numerics]:
+        raise PackageError(
+            f"the {numerics} package's predictions differ from the sub-network's by {divergence:.3f} nats a "
+            f"token, more than {KL_BOUND[numerics]}: use 8 bits for more layers, or report this as a bug"
+        )
+    return divergence
+
+
+def speak(folder: Path, manifest: Manifest) -> Iterator[str]:
+    """Load a package and continue a few prompts greedily, one line each. Raises ``PackageError``."""
+    session, shape = open_package(folder)
+    yield f"onnxruntime {ort.__version__} loads {len(manifest.architecture.layers)} layers"
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    for prompt in PROMPTS:
+        ids = np.array([tokenizer.encode(prompt).ids], np.int64)
+        continuation = greedy(session, shape, ids, CONTINUATION_TOKENS)
+        yield f"{prompt!r} -> {tokenizer.decode(continuation)!r}"
+
+
+def open_package(folder: Path, threads: int | None = None) -> tuple[ort.InferenceSession, ModelShape]:
+    """A package's session and the dimensions its caches need. Raises ``PackageError``."""
+    try:
+        graph = onnx.load(str(folder / GRAPH_FILE), load_external_data=False)
+        session = open_session(graph, folder, threads)
+    except (OSError, CompressorError) as error:
+        raise PackageError(f"{folder} does not load ({error}): copy the package again") from error
+    return session, cache_shape(session)
+
+
+def cache_shape(session: ort.InferenceSession) -> ModelShape:
+    """What a session's inputs and outputs tell of its model: enough to decode with it."""
+    keys = [entry for entry in session.get_inputs() if entry.name.endswith(".key")]
+    heads, head_dim = keys[0].shape[1], keys[0].shape[3]
+    return ModelShape(
+        hidden_size=0,
+        intermediate_size=0,
+        num_layers=len(keys),
+        num_heads=heads,
+        num_kv_heads=heads,
+        head_dim=head_dim,
+        vocab_size=session.get_outputs()[0].shape[2],
+    )
+
+
+def greedy(
+    session: ort.InferenceSession, shape: ModelShape, ids: npt.NDArray[np.int64], tokens: int
+) -> list[int]:
+    """The likeliest continuation of ids [1, length]. Raises ``PackageError`` on NaN logits."""
+    decoder = Decoder(session, shape, 1, ids.shape[1] + tokens)
+    continuation: list[int] = []
+    for _ in range(tokens):
+        logits = decoder.step(ids)
+        if not np.isfinite(logits).all():
+            raise PackageError("the package computes logits that are not finite: make it again")
+        ids = decoder.next_ids(logits)
+        continuation.append(int(ids[0, 0]))
+    return continuation
+
+
+def _log_softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+    wide = logits.astype(np.float64)
+    wide -= wide.max(axis=-1, keepdims=True)
+    return np.asarray(wide - np.log(np.exp(wide).sum(axis=-1, keepdims=True)))

@@ -1,0 +1,159 @@
+"""The ONNX Runtime engine: a candidate is a graph over slices of one quantized export."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+
+from compressor.engines.bench import Timings, summarise, time_workload
+from compressor.engines.host import host_conditions
+from compressor.engines.memory import peak_bytes, reset_peak, resident_bytes
+from compressor.engines.onnx_graph import INT8_ACTIVATIONS, Logits, build_graph
+from compressor.engines.onnx_package import write_package
+from compressor.engines.onnx_session import Decoder, open_session, prefill_logits, usable_cores
+from compressor.engines.onnx_store import Export, open_export
+from compressor.errors import InputError
+from compressor.measurement import Measurement
+from compressor.profile import Workload
+from compressor.space import Numerics, SubNetwork
+
+SCORED_TOKENS = 1024
+"""Positions whose logits are computed in one pass when scoring (0.2 GB at a vocabulary of 50k)."""
+
+
+@dataclass
+class OnnxCandidate:
+    """A sub-network loaded for serving (logits of the last position only)."""
+
+    subnet: SubNetwork
+    numerics: Numerics
+    session: ort.InferenceSession
+    resident_bytes: int
+    _scoring: list[ort.InferenceSession] = field(default_factory=list)
+
+
+class OnnxRuntimeEngine:
+    """Sub-networks of one export on this machine's CPU."""
+
+    name = "onnxruntime"
+
+    def __init__(self, export_folder: Path, threads: int | None = None) -> None:
+        """``threads``: of one operator; default, the cores this process may use."""
+        self.export: Export = open_export(export_folder)
+        self.threads = threads or usable_cores()
+
+    def build(self, subnet: SubNetwork, numerics: Numerics = "int8") -> OnnxCandidate:
+        """Load a sub-network: about 10 ms for its graph and 0.3 s for ONNX Runtime to pack it."""
+        before = resident_bytes()
+        session = self._session(subnet, numerics, "last")
+        return OnnxCandidate(subnet, numerics, session, max(0, resident_bytes() - before))
+
+    def bench(
+        self,
+        candidate: OnnxCandidate,
+        workload: Workload,
+        *,
+        max_seconds: float = 3.0,
+        min_repeats: int = 3,
+    ) -> Measurement:
+        """TTFT, TPOT and throughput of the workload as a static batch of ``concurrency`` prompts."""
+        before = resident_bytes()
+        reset_peak()
+        runner = self.runner(candidate, workload)
+        timings = time_workload(runner, workload, max_seconds=max_seconds, min_repeats=min_repeats)
+        return self.measurement(candidate, workload, timings, max(0, peak_bytes() - before))
+
+    def runner(self, candidate: OnnxCandidate, workload: Workload) -> OnnxRunner:
+        """The candidate with one batch of random prompts, for ``bench.time_once``."""
+        total = workload.prompt_tokens + workload.output_tokens
+        if total > self.export.constants.context_length:
+            raise InputError(
+                f"the workload needs {total} tokens of context, the model has "
+                f"{self.export.constants.context_length}: shorten the profile's prompt or output"
+            )
+        return OnnxRunner(self.export, candidate, workload)
+
+    def measurement(
+        self, candidate: OnnxCandidate, workload: Workload, timings: Timings, working_bytes: int
+    ) -> Measurement:
+        """What was timed, with the conditions it was timed under."""
+        conditions = {
+            "engine": f"onnxruntime {ort.__version__}",
+            "provider": candidate.session.get_providers()[0],
+            "threads": self.threads,
+            "numerics": candidate.numerics,
+            **host_conditions(),
+        }
+        peak = candidate.resident_bytes + working_bytes
+        return summarise(timings, workload, peak_memory_bytes=peak, conditions=conditions)
+
+    def logits(self, candidate: OnnxCandidate, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        """Logits of every position, fp32 [tokens, vocabulary] for ids [tokens], or with a batch axis."""
+        batch = ids[None] if ids.ndim == 1 else ids
+        session = self._scoring_session(candidate)
+        rows = max(1, SCORED_TOKENS // batch.shape[1])
+        parts = [
+            prefill_logits(session, self.export.shape, batch[i : i + rows])
+            for i in range(0, len(batch), rows)
+        ]
+        logits = np.concatenate(parts)
+        return logits[0] if ids.ndim == 1 else logits
+
+    def top1(self, candidate: OnnxCandidate, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """The likeliest next token at every position, [batch, tokens] for ids [batch, tokens]."""
+        rows = max(1, SCORED_TOKENS // ids.shape[1])
+        parts = [self.logits(candidate, ids[i : i + rows]).argmax(-1) for i in range(0, len(ids), rows)]
+        return np.concatenate(parts)
+
+    def write(
+        self, subnet: SubNetwork, folder: Path, fields: Mapping[str, Any], *, numerics: Numerics = "int8"
+    ) -> None:
+        """Write the package of a sub-network; ``fields`` go to its manifest. Whole or absent."""
+        write_package(self.export, subnet, folder, fields, numerics=numerics)
+
+    def _scoring_session(self, candidate: OnnxCandidate) -> ort.InferenceSession:
+        if not candidate._scoring:
+            candidate._scoring.append(self._session(candidate.subnet, candidate.numerics, "all"))
+        return candidate._scoring[0]
+
+    def _session(
+        self, subnet: SubNetwork, numerics: Numerics, logits: Logits, accuracy_level: int = INT8_ACTIVATIONS
+    ) -> ort.InferenceSession:
+        export = self.export
+        tensors = export.tensors(subnet, numerics)
+        graph = build_graph(
+            export.shape, export.constants, tensors, logits=logits, accuracy_level=accuracy_level
+        )
+        return open_session(graph, export.folder, self.threads)
+
+
+class OnnxRunner:
+    """``bench.Runner`` over a decoder with buffers for one workload."""
+
+    def __init__(self, export: Export, candidate: OnnxCandidate, workload: Workload) -> None:
+        capacity = workload.prompt_tokens + workload.output_tokens
+        self._decoder = Decoder(candidate.session, export.shape, workload.concurrency, capacity)
+        self._prompts = random_prompts(export.shape.vocab_size, workload)
+        self._next = self._prompts[:, :1]
+
+    def prefill(self) -> None:
+        self._decoder.restart()
+        self._next = self._decoder.next_ids(self._decoder.step(self._prompts))
+
+    def step(self) -> None:
+        self._next = self._decoder.next_ids(self._decoder.step(self._next))
+
+    def skip(self, tokens: int) -> None:
+        self._decoder.length += tokens
+
+
+def random_prompts(vocab_size: int, workload: Workload) -> npt.NDArray[np.int64]:
+    """Token ids [concurrency, prompt tokens], always the same ones for a workload."""
+    rng = np.random.default_rng(0)
+    return rng.integers(0, vocab_size, (workload.concurrency, workload.prompt_tokens), dtype=np.int64)

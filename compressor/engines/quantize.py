@@ -1,0 +1,79 @@
+"""Block-wise symmetric weight quantization, in the layout of ONNX Runtime's MatMulNBits.
+
+A row of K weights is cut into blocks of ``QUANT_BLOCK``; each block has one fp32 scale and integers
+around the implicit zero point 2^(bits-1). Layout: ONNX Runtime contrib operator MatMulNBits.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from compressor.space import QUANT_BLOCK
+
+GRID_4_BITS = (1.0, 0.95, 0.9, 0.85, 0.8)
+"""Shrinkings of a 4-bit block's scale that are tried; the one of least squared error is kept."""
+
+
+def quantize(weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantize a matrix of shape [N, K].
+
+    Returns the integers, uint8 [N, blocks, QUANT_BLOCK * bits / 8] (low nibble first), and the
+    scales, fp32 [N, blocks]. K is padded with zeros to whole blocks.
+    """
+    blocks = _blocked(weight)
+    scales = _scales_8(blocks) if bits == 8 else _scales_4(blocks)
+    integers = _integers(blocks, scales, bits)
+    return (integers if bits == 8 else _pack_nibbles(integers)), scales
+
+
+def dequantize(integers: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:
+    """The fp32 matrix [N, blocks * QUANT_BLOCK] that the integers and scales stand for."""
+    if bits == 4:
+        integers = torch.stack((integers & 15, integers >> 4), dim=-1).flatten(-2)
+    values: torch.Tensor = (integers.float() - 2 ** (bits - 1)) * scales.unsqueeze(-1)
+    return values.flatten(-2)
+
+
+def _blocked(weight: torch.Tensor) -> torch.Tensor:
+    rows, columns = weight.shape
+    padding = -columns % QUANT_BLOCK
+    padded = torch.nn.functional.pad(weight.float(), (0, padding)) if padding else weight.float()
+    return padded.reshape(rows, -1, QUANT_BLOCK)
+
+
+def _scales_8(blocks: torch.Tensor) -> torch.Tensor:
+    return _nonzero(blocks.abs().amax(dim=-1) / 127)
+
+
+def _scales_4(blocks: torch.Tensor) -> torch.Tensor:
+    """The extreme value of a block maps to -8, which has no positive twin; then a small search."""
+    low, high = blocks.amin(dim=-1), blocks.amax(dim=-1)
+    extreme = torch.where(high > -low, high, low) / -8
+    best = _nonzero(extreme)
+    least = _squared_error(blocks, best)
+    for shrink in GRID_4_BITS[1:]:
+        trial = _nonzero(extreme * shrink)
+        error = _squared_error(blocks, trial)
+        better = error < least
+        best, least = torch.where(better, trial, best), torch.where(better, error, least)
+    return best
+
+
+def _squared_error(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    step = scales.unsqueeze(-1)
+    rounded = (blocks / step).round_().clamp_(-8, 7).mul_(step)
+    return rounded.sub_(blocks).square_().sum(dim=-1)
+
+
+def _integers(blocks: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:
+    zero = 2 ** (bits - 1)
+    scaled = (blocks / scales.unsqueeze(-1)).round_().add_(zero)
+    return scaled.clamp_(0, 2 * zero - 1).to(torch.uint8)
+
+
+def _pack_nibbles(integers: torch.Tensor) -> torch.Tensor:
+    return integers[..., 0::2] | (integers[..., 1::2] << 4)
+
+
+def _nonzero(scales: torch.Tensor) -> torch.Tensor:
+    return torch.where(scales == 0, torch.ones_like(scales), scales)

@@ -1,0 +1,88 @@
+"""A candidate's graph computes what the extracted PyTorch model computes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tests.conftest import make_tiny_model
+from tests.engines.reference import cut, logits, quantized
+
+from compressor.engines.onnx_export import export
+from compressor.engines.onnx_graph import FP32_ACTIVATIONS, build_graph
+from compressor.engines.onnx_session import Decoder, open_session, prefill_logits
+from compressor.engines.onnx_store import Export
+from compressor.space import SubNetwork
+
+IDS = np.random.default_rng(0).integers(0, 512, (2, 24))
+
+SUBNETWORKS = [
+    SubNetwork((0, 1, 2, 3), (128, 128, 128, 128)),
+    SubNetwork((0, 2, 3), (64, 128, 32)),
+    SubNetwork((1, 3), (96, 64), (4, 8)),
+    SubNetwork((2,), (32,), (4,)),
+]
+
+FAMILIES = {
+    "untied": {"tie_word_embeddings": False},
+    "biased": {"attention_bias": True, "mlp_bias": True},
+    "grouped": {"num_key_value_heads": 1},
+    "scaled rope": {
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 128,
+        }
+    },
+}
+
+
+def fp32_logits(exported: Export, subnet: SubNetwork, numerics: str = "int8") -> np.ndarray:
+    tensors = exported.tensors(subnet, numerics)  # type: ignore[arg-type]
+    graph = build_graph(
+        exported.shape, exported.constants, tensors, logits="all", accuracy_level=FP32_ACTIVATIONS
+    )
+    return prefill_logits(open_session(graph, exported.folder, 1), exported.shape, IDS)
+
+
+@pytest.mark.parametrize("subnet", SUBNETWORKS, ids=lambda s: f"{s.layers}{s.widths}{s.bits}")
+def test_a_slice_agrees_with_the_extracted_model(
+    tiny_export: Export, tiny_model_folder: Path, subnet: SubNetwork
+) -> None:
+    reference = quantized(cut(tiny_model_folder, subnet), subnet)
+    assert np.abs(fp32_logits(tiny_export, subnet) - logits(reference, IDS)).max() < 1e-3
+
+
+def test_int4_rounds_every_matrix_to_four_bits(tiny_export: Export, tiny_model_folder: Path) -> None:
+    subnet = SubNetwork((0, 3), (128, 64))
+    four = SubNetwork(subnet.layers, subnet.widths, (4, 4))
+    reference = quantized(cut(tiny_model_folder, four), four, outer_bits=4)
+    assert np.abs(fp32_logits(tiny_export, subnet, "int4") - logits(reference, IDS)).max() < 1e-3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_variants_of_llama(tmp_path: Path, family: str) -> None:
+    folder = make_tiny_model(tmp_path / "model", **FAMILIES[family])
+    exported = export(folder, tmp_path / "export")
+    subnet = SubNetwork((0, 2), (128, 64))
+    reference = quantized(cut(folder, subnet), subnet)
+    assert np.abs(fp32_logits(exported, subnet) - logits(reference, IDS)).max() < 1e-3
+
+
+def test_decoding_step_by_step_gives_the_logits_of_one_pass(tiny_export: Export) -> None:
+    tensors = tiny_export.tensors(SUBNETWORKS[1])
+    graph = build_graph(tiny_export.shape, tiny_export.constants, tensors, accuracy_level=FP32_ACTIVATIONS)
+    decoder = Decoder(open_session(graph, tiny_export.folder, 1), tiny_export.shape, len(IDS), IDS.shape[1])
+    stepwise = [decoder.step(IDS[:, :10]).copy()]
+    stepwise += [decoder.step(IDS[:, i : i + 1]).copy() for i in range(10, IDS.shape[1])]
+    whole = fp32_logits(tiny_export, SUBNETWORKS[1])[:, 9:]
+    assert np.abs(np.concatenate(stepwise, axis=1) - whole).max() < 1e-4
+
+
+def test_a_graph_is_small(tiny_export: Export) -> None:
+    graph = build_graph(tiny_export.shape, tiny_export.constants, tiny_export.tensors(SUBNETWORKS[0]))
+    assert len(graph.SerializeToString()) < 200_000 / 30 * 4
