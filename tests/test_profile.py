@@ -5,10 +5,12 @@ from __future__ import annotations
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from compressor.engines.memory import required_memory_bytes
 from compressor.errors import InputError
 from compressor.profile import (
     Profile,
@@ -18,7 +20,7 @@ from compressor.profile import (
     profile_names,
     profile_text,
 )
-from compressor.space import ModelShape, SearchSpace, weight_bytes
+from compressor.space import ModelShape, SearchSpace, SubNetwork, weight_bytes
 
 STARTER_SHAPE = ModelShape(576, 1536, 30, 9, 3, 64, 49152, tie_word_embeddings=True)
 
@@ -66,10 +68,20 @@ def test_the_starter_profile_binds_for_the_starter_model() -> None:
     space = SearchSpace.from_fractions(
         STARTER_SHAPE, profile.space.depth_fractions, profile.space.width_fractions
     )
+
+    def ratio_and_fit(subnet: SubNetwork) -> tuple[float, bool]:
+        needed = required_memory_bytes(STARTER_SHAPE, subnet, profile.workload, "int8")
+        smaller = full / weight_bytes(STARTER_SHAPE, subnet, "int8")
+        return smaller, needed.total <= profile.budgets.memory_bytes
+
     full = weight_bytes(STARTER_SHAPE, space.full, "int8")
-    assert full > profile.budgets.memory_bytes
-    assert weight_bytes(STARTER_SHAPE, space.smallest, "int8") < 0.8 * profile.budgets.memory_bytes
-    assert space.num_distinct > 1e9
+    rng = np.random.default_rng(0)
+    uniform = [ratio_and_fit(subnet) for subnet in space.uniform_subnetworks()]
+    sampled = [ratio_and_fit(space.sample(rng)) for _ in range(500)]
+    assert not ratio_and_fit(space.full)[1], "the budget must ask for pruning"
+    assert min(smaller for smaller, fits in uniform + sampled if fits) >= 1.25
+    assert min(smaller for smaller, fits in sampled if fits) < 1.32, "a needlessly tight budget"
+    assert np.mean([fits for _, fits in sampled]) > 0.4, "a search needs room"
 
 
 def test_names_ignore_case() -> None:

@@ -1,0 +1,127 @@
+"""Figures and verdicts as words, the same on the page, in the table and in the pictures."""
+
+from __future__ import annotations
+
+from compressor.report.data import Budget, PairedTest, ReportData, Score, Speed
+from compressor.space import SubNetwork
+
+SIGNIFICANCE = 0.05
+BUDGET_NAMES = {"memory_gib": "Memory", "ttft_ms": "Time to first token", "tpot_ms": "Time per output token"}
+BUDGET_UNITS = {"memory_gib": "GiB", "ttft_ms": "ms", "tpot_ms": "ms"}
+MISSING = "–"
+
+
+def size(count: float | None) -> str:
+    """Bytes in decimal units, three significant figures or so: ``118.4 MB``, ``6.74 GB``."""
+    if count is None:
+        return MISSING
+    if count >= 1e9:
+        return f"{count / 1e9:.2f} GB"
+    return f"{count / 1e6:.1f} MB"
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.1f}%"
+
+
+def score(value: Score | None) -> str:
+    return MISSING if value is None else percent(value.value)
+
+
+def interval(value: Score | None) -> str:
+    """The 95% interval alone: ``58.1 to 64.3%``; empty where none is known."""
+    if value is None or value.low is None or value.high is None:
+        return ""
+    return f"{100 * value.low:.1f} to {100 * value.high:.1f}%"
+
+
+def milliseconds(value: float | None) -> str:
+    return MISSING if value is None else f"{significant(value)} ms"
+
+
+def rate(value: float | None) -> str:
+    return MISSING if value is None else f"{significant(value)} tok/s"
+
+
+def speed_cells(speed: Speed | None) -> tuple[str, str, str]:
+    """TTFT, TPOT and throughput, each with its unit."""
+    if speed is None:
+        return MISSING, MISSING, MISSING
+    return milliseconds(speed.ttft_ms), milliseconds(speed.tpot_ms), rate(speed.throughput_tok_s)
+
+
+def significant(value: float) -> str:
+    """Three significant figures without an exponent: ``0.118``, ``41.2``, ``1,240``."""
+    if value >= 100:
+        return f"{value:,.0f}"
+    if value >= 10:
+        return f"{value:.1f}"
+    return f"{value:.2f}" if value >= 1 else f"{value:.3f}"
+
+
+def ratio(larger: float, smaller: float) -> str:
+    return f"{larger / smaller:.2f}×" if smaller else MISSING
+
+
+def against(count: int, full: int | None) -> str:
+    """Bytes beside those of the whole model: ``1.29× smaller``, ``1.78× larger``, ``the same``."""
+    if not full or not count:
+        return MISSING
+    if abs(full - count) < 0.005 * full:
+        return "the same"
+    return f"{ratio(full, count)} smaller" if count < full else f"{ratio(count, full)} larger"
+
+
+def workload(data: ReportData) -> str:
+    """``128 prompt + 64 output tokens, 1 request at once``."""
+    w = data.workload
+    requests = "1 request" if w.concurrency == 1 else f"{w.concurrency} requests"
+    return f"{w.prompt_tokens:,} prompt + {w.output_tokens:,} output tokens, {requests} at once"
+
+
+def budget_figure(budget: Budget, value: float | None) -> str:
+    return MISSING if value is None else f"{significant(value)} {BUDGET_UNITS[budget.name]}"
+
+
+def budget_verdict(budget: Budget) -> str:
+    """``met, 12% to spare`` or ``missed by 8%``."""
+    if budget.measured is None:
+        return "not measured"
+    gap = abs(budget.limit - budget.measured) / budget.limit
+    return f"met, {gap:.0%} to spare" if budget.met else f"missed by {gap:.0%}"
+
+
+def architecture(subnet: SubNetwork, num_layers: int, intermediate_size: int) -> str:
+    """``26 of 30 layers, MLPs at 81% of their width``, and the bits where they differ."""
+    width = sum(subnet.widths) / (intermediate_size * max(1, subnet.depth))
+    text = f"{subnet.depth} of {num_layers} layers, MLPs at {width:.0%} of their width"
+    four = sum(bits == 4 for bits in subnet.bits)
+    if not four:
+        return text
+    return f"{text}, {'one layer' if four == 1 else f'{four} layers'} in 4 bits"
+
+
+def paired_test(test: PairedTest) -> str:
+    """What McNemar's test says, and no more than it says."""
+    figures = f"p = {test.p_value:.3f}" if test.p_value >= 0.001 else "p < 0.001"
+    counts = f"{test.gained} items only the winner has right, {test.lost} only {test.against}"
+    if test.p_value >= SIGNIFICANCE:
+        return f"No significant difference from {test.against} (McNemar, {figures}; {counts})."
+    verdict = "better" if test.gained > test.lost else "worse"
+    return f"Significantly {verdict} than {test.against} (McNemar, {figures}; {counts})."
+
+
+def headline(data: ReportData) -> str:
+    """The run's result in one sentence."""
+    winner = data.winner
+    if winner is None:
+        return f"No sub-network of {data.model} meets the budgets of {data.profile}."
+    missed = [BUDGET_NAMES[b.name].lower() for b in data.budgets if not b.met]
+    text = f"{size(winner.weight_bytes)} of weights"
+    full = data.reference("int8")
+    if full is not None:
+        text += f", {ratio(full.weight_bytes, winner.weight_bytes)} smaller than unpruned INT8"
+    text += f", {percent(winner.accuracy.value)} {data.accuracy_label}"
+    if missed:
+        return f"{text}; over budget on {' and '.join(missed)}."
+    return f"{text}; every budget met." if data.budgets else f"{text}."
