@@ -1,0 +1,84 @@
+"""Losses of the output distribution, computed and differentiated a few rows of logits at a time.
+
+A vocabulary of 50,000 makes the logits of a batch larger than all its activations. Here the gradient
+with respect to the final hidden states is found in the forward pass and only it is kept.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ROWS_AT_ONCE = 512
+IGNORED = -100
+"""A label that does not count."""
+
+
+def distillation(hidden: Tensor, target: Tensor, head: Tensor, temperature: float = 1.0) -> Tensor:
+    """Mean KL divergence (nats a token) of the student's next-token distribution from the teacher's.
+
+    ``hidden`` and ``target`` (tokens, hidden_size) are both models' states before the head, ``head``
+    (vocabulary, hidden_size) is shared and receives no gradient. Scaled by temperature² (Hinton et
+    al., arXiv 1503.02531).
+    """
+    loss: Tensor = _Distillation.apply(hidden, target, head, temperature)  # type: ignore[no-untyped-call]
+    return loss
+
+
+def cross_entropy(hidden: Tensor, labels: Tensor, head: Tensor) -> Tensor:
+    """Mean negative log-likelihood (nats a token) of ``labels`` (tokens,), ``IGNORED`` ones left out.
+
+    The head receives its gradient only if it requires one.
+    """
+    if head.requires_grad:
+        return F.cross_entropy(F.linear(hidden, head).float(), labels, ignore_index=IGNORED)
+    loss: Tensor = _CrossEntropy.apply(hidden, labels, head)  # type: ignore[no-untyped-call]
+    return loss
+
+
+class _Distillation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, target: Tensor, head: Tensor, temperature: float) -> Tensor:
+        gradient = torch.empty_like(hidden)
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        for start in range(0, len(hidden), ROWS_AT_ONCE):
+            rows = slice(start, start + ROWS_AT_ONCE)
+            wanted = F.linear(target[rows], head).float().div_(temperature).log_softmax(-1)
+            found = F.linear(hidden[rows], head).float().div_(temperature).log_softmax(-1)
+            chances = wanted.exp()
+            total += (chances * (wanted - found)).sum()
+            slope = found.exp_().sub_(chances).to(head.dtype)
+            gradient[rows] = slope @ head
+        scale = 1.0 / len(hidden)
+        ctx.save_for_backward(gradient.mul_(scale * temperature))
+        return total * (scale * temperature**2)
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * outer[0].to(gradient.dtype), None, None, None
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, labels: Tensor, head: Tensor) -> Tensor:
+        gradient = torch.zeros_like(hidden)
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        counted = (labels != IGNORED).nonzero()[:, 0]
+        for rows in torch.split(counted, ROWS_AT_ONCE):
+            found = F.linear(hidden[rows], head).float().log_softmax(-1)
+            total -= found.gather(1, labels[rows, None]).sum()
+            slope = found.exp_()
+            slope.scatter_add_(1, labels[rows, None], -torch.ones_like(slope[:, :1]))
+            gradient[rows] = slope.to(head.dtype) @ head
+        scale = 1.0 / max(len(counted), 1)
+        ctx.save_for_backward(gradient.mul_(scale))
+        return total * scale
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * outer[0].to(gradient.dtype), None, None
