@@ -154,7 +154,7 @@ def _candidate_row(data: ReportData, candidate: Candidate) -> Row:
     ttft, tpot, throughput = wording.speed_cells(candidate.speed)
     return {
         "digest": candidate.subnet.digest[:8],
-        "architecture": wording.architecture(candidate.subnet, data.num_layers, data.intermediate_size),
+        "architecture": wording.short_architecture(candidate.subnet, data.intermediate_size),
         "accuracy": wording.score(candidate.accuracy),
         "interval": wording.interval(candidate.accuracy),
         "weights": wording.size(candidate.weight_bytes),
@@ -183,13 +183,17 @@ def _findings(data: ReportData) -> list[str]:
     found = analysis.findings(data)
     if not found.sub_networks:
         return []
+
+    def named(numbers: tuple[int, ...]) -> str:
+        return wording.layers_named(analysis.ranges(numbers))
+
     say = []
     if found.always_kept:
-        say.append(f"All of them keep layers {analysis.ranges(found.always_kept)}.")
+        say.append(f"All of them keep {named(found.always_kept)}.")
     if found.often_dropped:
-        say.append(f"Most of them drop layers {analysis.ranges(found.often_dropped)}.")
+        say.append(f"Most of them drop {named(found.often_dropped)}.")
     if found.never_kept:
-        say.append(f"None of them keeps layers {analysis.ranges(found.never_kept)}.")
+        say.append(f"None of them keeps {named(found.never_kept)}.")
     names = ("first", "middle", "last")
     widths = [
         f"{width:.0%} in the {name} third"

@@ -92,13 +92,25 @@ def budget_verdict(budget: Budget) -> str:
 
 
 def architecture(subnet: SubNetwork, num_layers: int, intermediate_size: int) -> str:
-    """``26 of 30 layers, MLPs at 81% of their width``, and the bits where they differ."""
+    """``26 of 30 layers, 81% of their MLPs' width``, and the bits where some have 4."""
     width = sum(subnet.widths) / (intermediate_size * max(1, subnet.depth))
-    text = f"{subnet.depth} of {num_layers} layers, MLPs at {width:.0%} of their width"
+    text = f"{subnet.depth} of {num_layers} layers, {width:.0%} of their MLPs' width"
     four = sum(bits == 4 for bits in subnet.bits)
     if not four:
         return text
     return f"{text}, {'one layer' if four == 1 else f'{four} layers'} in 4 bits"
+
+
+def short_architecture(subnet: SubNetwork, intermediate_size: int) -> str:
+    """The same for a table's cell: ``26 layers, 81% wide``."""
+    width = sum(subnet.widths) / (intermediate_size * max(1, subnet.depth))
+    four = sum(bits == 4 for bits in subnet.bits)
+    return f"{subnet.depth} layers, {width:.0%} wide" + (f", {four} in 4 bits" if four else "")
+
+
+def layers_named(numbers: str) -> str:
+    """``layer 21`` or ``layers 0 to 16, 26 to 29``, of what ``analysis.ranges`` wrote."""
+    return f"layer {numbers}" if numbers.isdigit() else f"layers {numbers}"
 
 
 def paired_test(test: PairedTest) -> str:

@@ -101,6 +101,12 @@ def test_words_for_figures() -> None:
     assert wording.against(151, 151) == "the same"
     assert wording.budget_verdict(Budget("tpot_ms", 10, 8, True)) == "met, 20% to spare"
     assert wording.budget_verdict(Budget("tpot_ms", 10, 11, False)) == "missed by 10%"
+    subnet = SubNetwork((0, 2, 3), (64, 32, 64), (8, 4, 8))
+    assert (
+        wording.architecture(subnet, 4, 64) == "3 of 4 layers, 83% of their MLPs' width, one layer in 4 bits"
+    )
+    assert wording.layers_named("21") == "layer 21"
+    assert wording.layers_named("0 to 3, 7") == "layers 0 to 3, 7"
     assert wording.interval(Score(0.6, 0.581, 0.643)) == "58.1 to 64.3%"
 
 

@@ -122,7 +122,7 @@ def test_every_candidate_is_listed(whole: tuple[ReportData, Path, str, Page]) ->
     assert failed and f"{failed} failed" in page.text
 
 
-@pytest.mark.parametrize("count", [1, 3, 300])
+@pytest.mark.parametrize("count", [1, 300])
 def test_any_number_of_candidates(count: int, tmp_path: Path) -> None:
     text, page = written(make_report_data(count, seed=count), tmp_path)
     assert f"{count} sub-network{'s' * (count > 1)} evaluated" in page.text
@@ -163,8 +163,7 @@ def test_lm_eval_tasks_gigabytes_and_bits(tmp_path: Path) -> None:
     )
     _, page = written(data, tmp_path)
     assert "Arc_easy accuracy" in page.text
-    assert "3 of 4 layers" in page.text and "1 layers in 4 bits" not in page.text
-    assert "one layer in 4 bits" in page.text
+    assert "3 layers, 83% wide, 1 in 4 bits" in page.text
     assert "5.00 GB" in page.text
 
 
