@@ -1,0 +1,145 @@
+"""Agreement: how often a sub-network's next token is the unpruned model's, on the latter's own text.
+
+It needs no data set. The text is sampled from the unpruned model once; its top choices are kept
+beside it, so that scoring a sub-network needs no second model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from compressor.errors import InputError
+from compressor.evaluation.score import Items, Score
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+Tokens = NDArray[np.int64]
+Predict = Callable[[Tokens], NDArray[np.integer]]
+"""Token ids [B, T] to the top next token after each of them [B, T]."""
+Split = Literal["search", "report"]
+
+SKIPPED_POSITIONS = 4
+"""First positions of a sequence are not scored: with hardly any context the choice is arbitrary."""
+_HEAD_ROWS = 512
+_BATCH_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class AgreementText:
+    """Sequences that the unpruned model wrote, and its top next token at every scored position.
+
+    ``ids`` int64[n, T]; ``reference`` int32[n, T - skip], aligned with ``ids[:, skip:]``. Even rows
+    are the search split, odd rows the report split. ``seed`` is that of the sampling.
+    """
+
+    ids: Tokens
+    reference: NDArray[np.int32]
+    skip: int = SKIPPED_POSITIONS
+    seed: int = 0
+
+    @classmethod
+    def build(
+        cls, ids: Tensor | Tokens, predict: Predict, seed: int = 0, skip: int = SKIPPED_POSITIONS
+    ) -> AgreementText:
+        """From sampled token ids [n, T] and the unpruned model's ``predict``.
+
+        Raises ``InputError`` when there are too few sequences for two splits, or they are too short.
+        """
+        rows: Tokens = np.asarray(ids, dtype=np.int64)
+        if rows.ndim != 2 or rows.shape[0] < 4 or rows.shape[1] <= skip:
+            raise InputError(
+                f"agreement needs at least 4 sequences of more than {skip} tokens, got shape {rows.shape}: "
+                "sample more text"
+            )
+        top = _in_batches(predict, rows)
+        return cls(rows, top[:, skip:].astype(np.int32), skip, seed)
+
+    def score(self, predict: Predict, split: Split, limit: int | None = None) -> Score:
+        """Share of scored positions where ``predict`` chooses the reference token.
+
+        ``limit`` bounds the number of sequences. The interval takes sequences as the sampling unit.
+        """
+        rows = self.rows(split, limit)
+        top = _in_batches(predict, self.ids[rows])
+        agreed = top[:, self.skip :] == self.reference[rows]
+        counts = np.full(len(rows), agreed.shape[1], np.int64)
+        return Items(agreed.mean(axis=1), (f"agreement:{split}",), counts=counts).score()
+
+    def rows(self, split: Split, limit: int | None = None) -> NDArray[np.intp]:
+        """Row numbers of a split: even rows for the search, odd rows for the report."""
+        return np.arange(0 if split == "search" else 1, len(self.ids), 2)[:limit]
+
+    def task_key(self, split: Split, limit: int | None = None) -> str:
+        """Name of this evaluation in the ledger: task, split, size, seed and the text's own hash."""
+        n = len(self.rows(split, limit))
+        return f"agreement:{split}:{n}x{self.ids.shape[1]}:seed{self.seed}:{self.digest}"
+
+    @property
+    def digest(self) -> str:
+        """Hash of the text and its references."""
+        digest = hashlib.sha256(np.ascontiguousarray(self.ids, "<i8").tobytes())
+        digest.update(np.ascontiguousarray(self.reference, "<i4").tobytes())
+        return digest.hexdigest()[:12]
+
+    def save(self, path: Path) -> None:
+        """Write an npz file, whole or not at all."""
+        scratch = path.with_name(f".{path.name}.{os.getpid()}.npz")
+        np.savez_compressed(
+            scratch, ids=self.ids.astype(np.int32), reference=self.reference, skip=self.skip, seed=self.seed
+        )
+        scratch.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> AgreementText:
+        """What ``save`` wrote. Raises ``InputError`` on a damaged file."""
+        try:
+            with np.load(path) as data:
+                return cls(
+                    data["ids"].astype(np.int64), data["reference"], int(data["skip"]), int(data["seed"])
+                )
+        except Exception as error:
+            raise InputError(
+                f"{path} is not a readable agreement text ({error}): delete it to sample it again"
+            ) from error
+
+
+def torch_predict(model: PreTrainedModel) -> Predict:
+    """Top next tokens by a causal LM, never holding logits of more than a few hundred positions."""
+    import torch
+
+    def predict(ids: Tokens) -> NDArray[np.integer]:
+        device = model.device
+        with torch.inference_mode():
+            tokens = torch.as_tensor(ids, device=device)
+            hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+            head = model.get_output_embeddings()
+            rows = hidden.reshape(-1, hidden.shape[-1]).split(_HEAD_ROWS)
+            top = torch.cat([head(part).argmax(-1) for part in rows])
+        result: NDArray[np.integer] = top.reshape(ids.shape).cpu().numpy()
+        return result
+
+    return predict
+
+
+def logits_predict(logits: Callable[[Tokens], NDArray[np.float32]]) -> Predict:
+    """Top next tokens by an engine that gives float32 logits [T, V] of one sequence int64[T]."""
+
+    def predict(ids: Tokens) -> NDArray[np.integer]:
+        return np.stack([logits(row).argmax(-1) for row in ids])
+
+    return predict
+
+
+def _in_batches(predict: Predict, ids: Tokens) -> NDArray[np.integer]:
+    step = max(1, _BATCH_TOKENS // ids.shape[1])
+    return np.concatenate([predict(ids[i : i + step]) for i in range(0, len(ids), step)])

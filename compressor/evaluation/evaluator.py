@@ -1,0 +1,186 @@
+"""Accuracy on lm-eval tasks: requests made and tokenized once, then scored for any sub-network."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from compressor.errors import InputError
+from compressor.evaluation.encoding import DEFAULT_MAX_LENGTH, Encoded, Encoder
+from compressor.evaluation.score import Items, Score
+from compressor.evaluation.taskdata import Split
+from compressor.evaluation.tasks import LoadedTask, check_names, load_tasks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from compressor.evaluation.scorer import Likelihoods, Logits, Plan
+
+
+class TaskEvaluator:
+    """Scores models on one or more tasks; the mean weighs every name alike (groups as lm-eval does).
+
+    ``task_data`` is a folder of local data sets, else they come from the hub; ``num_fewshot``
+    overrides each task's own; ``limit`` bounds the items of a task; ``seed`` draws few-shot examples.
+    Unknown names raise ``InputError`` at once; data are read when a split is first used.
+    """
+
+    def __init__(
+        self,
+        names: str | Sequence[str],
+        tokenizer: PreTrainedTokenizerBase,
+        task_data: Path | None = None,
+        num_fewshot: int | None = None,
+        limit: int | None = None,
+        seed: int = 1234,
+        max_length: int = DEFAULT_MAX_LENGTH,
+    ) -> None:
+        self.names = check_names(names)
+        self.task_data = task_data
+        self.num_fewshot = num_fewshot
+        self.limit = limit
+        self.seed = seed
+        self._encoder = Encoder(tokenizer, max_length)
+        self._prepared: dict[Split, Prepared] = {}
+
+    def score(self, model: PreTrainedModel, split: Split = "search") -> Score:
+        """Accuracy of a model, or of the sub-network activated in it, on a split."""
+        from compressor.evaluation.scorer import score_plan
+
+        prepared = self.prepare(split)
+        return prepared.score(score_plan(prepared.plan(), model))
+
+    def score_logits(self, logits: Logits, split: Split = "report") -> Score:
+        """Accuracy of an engine that gives float32 logits [T, V] for int64[T]: the artefact itself."""
+        from compressor.evaluation.scorer import score_by_logits
+
+        prepared = self.prepare(split)
+        return prepared.score(score_by_logits(prepared.encoded, logits))
+
+    def key(self, split: Split = "search") -> str:
+        """Name of this evaluation in the ledger: tasks, split, few-shot count, limit and seed."""
+        shots = "own" if self.num_fewshot is None else str(self.num_fewshot)
+        limit = "all" if self.limit is None else str(self.limit)
+        return f"{'+'.join(self.names)}:{split}:shots{shots}:limit{limit}:seed{self.seed}"
+
+    def prepare(self, split: Split) -> Prepared:
+        """The split's requests, made and tokenized the first time. Raises ``InputError``."""
+        if split not in self._prepared:
+            tasks = load_tasks(self.names, split, self.task_data, self.num_fewshot, self.limit, self.seed)
+            self._prepared[split] = _prepare(tasks, self._encoder)
+        return self._prepared[split]
+
+
+@dataclass
+class Prepared:
+    """A split's requests. Item i's are ``encoded[starts[i] : starts[i + 1]]``; ``strata[i]`` its task.
+
+    ``tasks``, ``docs`` and ``golds`` (right choice; -1 where lm-eval itself must judge) are by item.
+    """
+
+    tasks: Sequence[LoadedTask]
+    docs: Sequence[Any]
+    encoded: Sequence[Encoded]
+    starts: NDArray[np.int64]
+    strata: NDArray[np.int64]
+    golds: NDArray[np.int64]
+    _plan: Plan | None = None
+
+    @property
+    def num_items(self) -> int:
+        return len(self.docs)
+
+    @property
+    def truncated(self) -> int:
+        """Requests that were longer than the model takes and lost tokens on the left."""
+        return sum(request.truncated for request in self.encoded)
+
+    def plan(self) -> Plan:
+        from compressor.evaluation.scorer import Plan
+
+        if self._plan is None:
+            self._plan = Plan.of(self.encoded)
+        return self._plan
+
+    def score(self, likelihoods: Likelihoods) -> Score:
+        """Accuracy over tasks, with per-item results behind it."""
+        return self.items(likelihoods).score()
+
+    def items(self, likelihoods: Likelihoods) -> Items:
+        """Per-item results of all items."""
+        values = np.array([self.value(i, likelihoods) for i in range(self.num_items)])
+        return Items(
+            values,
+            tuple(task.name for task in self.tasks),
+            self.strata,
+            tuple(task.weight for task in self.tasks),
+            loglikelihoods=likelihoods.values,
+            choices=np.diff(self.starts),
+        )
+
+    def value(self, item: int, likelihoods: Likelihoods) -> float:
+        """What lm-eval's metric gives an item: 1 or 0 for a right or wrong choice."""
+        mine = slice(self.starts[item], self.starts[item + 1])
+        if self.golds[item] >= 0:
+            return float(np.argmax(likelihoods.values[mine]) == self.golds[item])
+        task = self.tasks[self.strata[item]]
+        pairs = zip(likelihoods.values[mine].tolist(), likelihoods.greedy[mine].tolist(), strict=True)
+        return float(task.task.process_results(self.docs[item], list(pairs))[task.metric])
+
+
+def _prepare(tasks: Sequence[LoadedTask], encoder: Encoder) -> Prepared:
+    docs, pairs, counts, strata, golds = [], [], [], [], []
+    for stratum, task in enumerate(tasks):
+        for number, doc in enumerate(task.task.eval_docs):
+            if number == task.size:
+                break
+            arguments, gold = _requests(task, doc, number)
+            docs.append(doc)
+            pairs += arguments
+            counts.append(len(arguments))
+            strata.append(stratum)
+            golds.append(gold)
+    starts = np.concatenate([[0], np.cumsum(counts)])
+    return Prepared(tasks, docs, encoder.encode(pairs), starts, np.array(strata), np.array(golds))
+
+
+def _requests(task: LoadedTask, doc: Any, number: int) -> tuple[list[tuple[str, str]], int]:
+    """An item's (context, continuation) pairs as lm-eval makes them, and its right choice (or -1)."""
+    definition = task.task
+    try:
+        context = definition.fewshot_context(doc, task.num_fewshot, gen_prefix=definition.doc_to_prefix(doc))
+        made = definition.construct_requests(
+            doc=doc, ctx=context, metadata=(task.name, number, 1), apply_chat_template=False
+        )
+    except Exception as error:
+        raise InputError(f"task '{task.name}', item {number}: {error}") from error
+    instances = made if isinstance(made, list) else [made]
+    return [instance.args for instance in instances], _gold(task, doc, number)
+
+
+def _gold(task: LoadedTask, doc: Any, number: int) -> int:
+    """The right choice where plain accuracy is asked, so that scoring need not render prompts again."""
+    definition = task.task
+    plain = (
+        definition.OUTPUT_TYPE == "multiple_choice"
+        and task.metric == "acc"
+        and not callable(definition.config.process_results)
+        and not definition.multiple_target
+        and "acc_mutual_info" not in definition._metric_fn_list
+    )
+    if not plain:
+        return -1
+    gold = definition.doc_to_text(doc) if definition.multiple_input else definition.doc_to_target(doc)
+    choices = definition.doc_to_choice(doc)
+    if isinstance(gold, str):
+        gold = choices.index(gold) if gold in choices else -1
+    if not isinstance(gold, int) or not 0 <= gold < len(choices):
+        raise InputError(
+            f"task '{task.name}', item {number}: gold {gold!r} is none of its {len(choices)} choices"
+        )
+    return gold

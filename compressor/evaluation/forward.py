@@ -1,0 +1,239 @@
+"""A LLaMA-like model's own weights, run over packed trees without padding, by a pass of our own.
+
+Linear layers see real tokens only, packed [tokens, hidden]; attention runs on padded batches of trees
+of like length; outputs are taken where a choice is scored. The model is read as it stands, so an
+activated sub-network (fewer layers, narrower MLPs) is scored as such, without copying weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from compressor.errors import InputError
+from compressor.evaluation.schedule import Call, Rows, Step
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+LONG_ATTENTION = 1024
+"""From so many keys on, attention is fused (flash) so that its scores are never held whole."""
+
+_PARTS = ("embed_tokens", "layers", "norm", "rotary_emb")
+
+Kept = list[tuple[Tensor, Tensor]]
+"""Keys and values [key-value heads, tokens, head dim] of a prefix, one pair a layer."""
+
+
+class PackedModel:
+    """Runs ``Step``s on a causal LM of the Llama, Mistral, Qwen2 or Qwen3 kind, in its own numerics."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        base: Any = model.base_model
+        config: Any = model.config
+        missing = [name for name in _PARTS if not hasattr(base, name)]
+        if missing:
+            raise InputError(
+                f"a {type(model).__name__} cannot be scored: it has no {', '.join(missing)}; "
+                "use a LLaMA-like model"
+            )
+        self.base = base
+        self.layers = [_Layer.of(layer) for layer in base.layers[: config.num_hidden_layers]]
+        self.head: Any = model.get_output_embeddings()
+        self.hidden_size: int = config.hidden_size
+        self.dtype: torch.dtype = base.norm.weight.dtype
+        self.device: torch.device = base.norm.weight.device
+        self._kept: dict[int, Kept] = {}
+
+    def run(self, steps: list[Step], num_rows: int) -> Tensor:
+        """Final hidden states [num_rows, hidden] at all scored positions, in the order of score rows."""
+        outputs = torch.empty(num_rows, self.hidden_size, dtype=self.dtype, device=self.device)
+        self._kept = {}
+        for step in steps:
+            hidden = self._forward(step)
+            if hidden is not None:
+                outputs[step.rows] = self.base.norm(hidden)
+            for prefix in step.drop:
+                self._kept.pop(prefix, None)
+        self._kept = {}
+        return outputs
+
+    def _forward(self, step: Step) -> Tensor | None:
+        hidden: Tensor = self.base.embed_tokens(step.ids).to(self.dtype)
+        cos, sin = (t[0, :, None] for t in self.base.rotary_emb(hidden, step.positions[None]))
+        kept: dict[int, Kept] = {prefix: [] for prefix, _, _ in step.keep}
+        last = len(self.layers) - 1
+        for index, layer in enumerate(self.layers):
+            normed = layer.input_norm(hidden)
+            query, key, value = layer.project(normed, cos, sin)
+            for prefix, start, end in step.keep:
+                kept[prefix].append(self._extended(step, index, start, key[start:end], value[start:end]))
+            if index == last:
+                if not len(step.scored):
+                    self._kept |= kept
+                    return None
+                hidden = hidden[step.scored]
+            attended = [self._attend(call, index, query, key, value, index == last) for call in step.calls]
+            mixed = torch.cat([part for part in attended if part is not None])
+            hidden = layer.finish(hidden, mixed)
+        self._kept |= kept
+        return hidden
+
+    def _extended(
+        self, step: Step, layer: int, start: int, key: Tensor, value: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """A prefix's keys and values with those of what it hangs from, as later steps read them."""
+        parent = next(call.parent for call in step.calls if call.start <= start < call.end)
+        own = key.transpose(0, 1).contiguous(), value.transpose(0, 1).contiguous()
+        if parent < 0:
+            return own
+        before = self._kept[parent][layer]
+        return torch.cat([before[0], own[0]], 1), torch.cat([before[1], own[1]], 1)
+
+    def _attend(
+        self, call: Call, layer: int, query: Tensor, key: Tensor, value: Tensor, last: bool
+    ) -> Tensor | None:
+        """Attention output [rows of the call, heads * head dim]; in the last layer of scored rows only."""
+        rows = call.scored if last else call.full
+        if rows is None:
+            return None
+        q = query[rows.gather].view(rows.batch, rows.length, *query.shape[1:])
+        k = key[call.full.gather].view(call.full.batch, call.full.length, *key.shape[1:]).transpose(1, 2)
+        v = value[call.full.gather].view(call.full.batch, call.full.length, *key.shape[1:]).transpose(1, 2)
+        if call.parent >= 0:
+            before_k, before_v = self._kept[call.parent][layer]
+            k = torch.cat([before_k.expand(rows.batch, -1, -1, -1), k], 2)
+            v = torch.cat([before_v.expand(rows.batch, -1, -1, -1), v], 2)
+        attention = _fused_attention if call.longest > LONG_ATTENTION else _attention
+        mixed = attention(q, k, v, rows, self.layers[layer].scaling)
+        return mixed[rows.valid]
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, rows: Rows, scaling: float) -> Tensor:
+    """Grouped-query attention by two batched matrix products; q [B, L, H, D], k and v [B, G, K, D].
+
+    Returns [B * L, H * D]. The mask covers the last keys; those before them (a prefix) are seen by all.
+    """
+    batch, length, heads, dim = q.shape
+    groups, keys = k.shape[1], k.shape[2]
+    repeats = heads // groups
+    q = (q * scaling).view(batch, length, groups, repeats, dim).permute(0, 2, 3, 1, 4)
+    q = q.reshape(batch * groups, repeats * length, dim)
+    scores = torch.bmm(q, k.reshape(batch * groups, keys, dim).transpose(1, 2))
+    own = scores.view(batch, groups, repeats, length, keys)[..., keys - rows.mask.shape[-1] :]
+    own.add_(rows.mask)
+    weights = scores.softmax(-1)
+    mixed = torch.bmm(weights, v.reshape(batch * groups, keys, dim))
+    mixed = mixed.view(batch, groups, repeats, length, dim).permute(0, 3, 1, 2, 4)
+    return mixed.reshape(batch * length, heads * dim)
+
+
+def _fused_attention(q: Tensor, k: Tensor, v: Tensor, rows: Rows, scaling: float) -> Tensor:
+    """The same through the fused kernel, for long sequences."""
+    batch, length, heads, dim = q.shape
+    mask = F.pad(rows.mask[:, 0], (k.shape[2] - rows.mask.shape[-1], 0))
+    repeats = heads // k.shape[1]
+    k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
+    mixed = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask, scale=scaling)
+    return mixed.transpose(1, 2).reshape(batch * length, heads * dim)
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """One decoder layer's modules, read from the model as it stands."""
+
+    attention: Any
+    mlp: Any
+    input_norm: Callable[[Tensor], Tensor]
+    mlp_norm: Callable[[Tensor], Tensor]
+    head_dim: int
+    scaling: float
+
+    @classmethod
+    def of(cls, layer: Any) -> _Layer:
+        attention = layer.self_attn
+        return cls(
+            attention,
+            layer.mlp,
+            layer.input_layernorm,
+            layer.post_attention_layernorm,
+            attention.head_dim,
+            attention.scaling,
+        )
+
+    def project(self, normed: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries [N, H, D] and keys [N, G, D], and values [N, G, D]."""
+        attention = self.attention
+        query, key, value = (
+            _linear(module, normed).view(len(normed), -1, self.head_dim)
+            for module in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
+        if hasattr(attention, "q_norm"):
+            query, key = attention.q_norm(query), attention.k_norm(key)
+        return _rotate(query, cos, sin), _rotate(key, cos, sin), value
+
+    def finish(self, hidden: Tensor, mixed: Tensor) -> Tensor:
+        """The rest of the layer after attention: output projection, MLP and both residuals."""
+        hidden = _linear_add(self.attention.o_proj, mixed, hidden)
+        normed = self.mlp_norm(hidden)
+        gate, up, down = self.mlp.gate_proj, self.mlp.up_proj, self.mlp.down_proj
+        if isinstance(self.mlp.act_fn, nn.SiLU | _silu_type()) and _fusible(normed, gate, up):
+            fused = torch.ops.mkldnn._linear_pointwise
+            activated = fused(normed, gate.weight, None, "swish", [], "")
+            inner = fused.binary(normed, activated, up.weight, None, "mul")
+        else:
+            inner = self.mlp.act_fn(_linear(gate, normed)).mul_(_linear(up, normed))
+        return _linear_add(down, inner, hidden)
+
+
+def _rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding of [N, heads, D] by cos and sin [N, 1, D] (RoFormer, arXiv 2104.09864)."""
+    half = states.shape[-1] // 2
+    rotated = states * cos
+    rotated[..., :half].addcmul_(states[..., half:], sin[..., :half], value=-1)
+    rotated[..., half:].addcmul_(states[..., :half], sin[..., half:])
+    return rotated
+
+
+def _linear(module: Any, inputs: Tensor) -> Tensor:
+    if not _is_plain(module):
+        output: Tensor = module(inputs)
+        return output
+    return F.linear(inputs, module.weight.contiguous(), module.bias)
+
+
+def _linear_add(module: Any, inputs: Tensor, residual: Tensor) -> Tensor:
+    if _fusible(inputs, module):
+        weight = module.weight.contiguous()
+        output: Tensor = torch.ops.mkldnn._linear_pointwise.binary(inputs, residual, weight, None, "add")
+        return output
+    return _linear(module, inputs).add_(residual)
+
+
+def _is_plain(module: Any) -> bool:
+    """Whether the module is a matrix product with its ``weight``: a Linear, or a slice of one."""
+    if type(module) is nn.Linear:
+        return True
+    own = next(module.parameters(recurse=False), None)
+    return own is None and [type(child) for child in module.children()] == [nn.Linear]
+
+
+def _fusible(inputs: Tensor, *modules: Any) -> bool:
+    """Whether oneDNN can fuse what follows the product, in bf16 on a CPU that computes it."""
+    return (
+        inputs.device.type == "cpu"
+        and inputs.dtype == torch.bfloat16
+        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        and all(_is_plain(module) and module.bias is None for module in modules)
+    )
+
+
+def _silu_type() -> type:
+    from transformers.activations import ACT2FN
+
+    return type(ACT2FN["silu"])

@@ -1,0 +1,201 @@
+"""A packing laid out as forward passes: which trees run together, and how their attention is batched."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from compressor.evaluation.packing import Packing, Tree
+
+BLOCK_TOKENS = {"cpu": 2048, "cuda": 16384}
+"""Tokens of a forward pass: enough to keep the matrix units busy, few enough to stay in the caches."""
+WAVE_TOKENS = 8192
+"""Tokens of prefixes whose keys and values are kept at once."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Trees of one call as a padded batch. ``gather`` int64[B * L] picks block rows (padding repeats
+    one); ``valid`` int64[n] picks the n real ones back; ``mask`` [B, 1, 1, L, K] is 0 or -inf-like."""
+
+    batch: int
+    length: int
+    gather: Tensor
+    valid: Tensor
+    mask: Tensor
+
+
+@dataclass(frozen=True)
+class Call:
+    """Attention of trees that hang from the same prefix: block rows ``start`` to ``end``.
+
+    ``full`` holds all their tokens; ``scored`` only those whose output is wanted (None: none is), for
+    the last layer. ``longest`` counts the keys a token may see.
+    """
+
+    parent: int
+    start: int
+    end: int
+    longest: int
+    full: Rows
+    scored: Rows | None
+
+
+@dataclass(frozen=True)
+class Step:
+    """One forward pass over ``ids``, ``positions`` int64[N].
+
+    ``keep`` lists (prefix, first row, end row) whose keys and values later steps read; ``drop`` the
+    prefixes nobody reads any more. Outputs at block rows ``scored`` are score rows ``rows``.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    calls: tuple[Call, ...]
+    keep: tuple[tuple[int, int, int], ...]
+    drop: tuple[int, ...]
+    scored: Tensor
+    rows: Tensor
+
+
+def schedule(packing: Packing, device: torch.device, dtype: torch.dtype) -> list[Step]:
+    """Forward passes in an order that respects prefixes. Made once for any number of sub-networks."""
+    first_rows = np.cumsum([0, *(len(tree.scored) for tree in packing.trees)])
+    budget = BLOCK_TOKENS.get(device.type, BLOCK_TOKENS["cpu"])
+    layout = _Layout(packing, first_rows, device, dtype)
+    steps = []
+    last_reader = _last_readers(packing)
+    for prefixes, leaves in _waves(packing):
+        for level in _levels(packing, prefixes):
+            steps += [layout.step(block, kept=True) for block in _blocks(packing, level, budget)]
+        steps += [layout.step(block, kept=False) for block in _blocks(packing, leaves, budget)]
+        done = prefixes[-1] if prefixes else -1
+        drop = tuple(p for p, reader in enumerate(last_reader) if reader <= done)
+        steps[-1] = _with_drop(steps[-1], drop)
+    return steps
+
+
+def _waves(packing: Packing) -> Iterator[tuple[list[int], list[int]]]:
+    """Runs of prefixes, in depth-first order, with the trees that hang from them."""
+    leaves_of: dict[int, list[int]] = {}
+    for number in range(packing.prefixes, len(packing.trees)):
+        leaves_of.setdefault(packing.trees[number].parent, []).append(number)
+    wave: list[int] = []
+    leaves = leaves_of.get(-1, [])
+    kept = 0
+    for prefix in range(packing.prefixes):
+        kept += packing.prefix_length(prefix)
+        if wave and kept > WAVE_TOKENS:
+            yield wave, leaves
+            wave, leaves, kept = [], [], packing.prefix_length(prefix)
+        wave.append(prefix)
+        leaves = leaves + leaves_of.get(prefix, [])
+    yield wave, leaves
+
+
+def _levels(packing: Packing, prefixes: Sequence[int]) -> list[list[int]]:
+    """The prefixes of a wave, those first that hang from none of the same wave."""
+    level: dict[int, int] = {}
+    for prefix in prefixes:
+        level[prefix] = level.get(packing.trees[prefix].parent, -1) + 1
+    ordered = sorted(prefixes, key=level.__getitem__)
+    return [list(group) for _, group in groupby(ordered, key=level.__getitem__)]
+
+
+def _blocks(packing: Packing, numbers: Sequence[int], budget: int) -> Iterator[list[int]]:
+    """Trees sorted by prefix and length, cut into blocks of about ``budget`` tokens."""
+    ordered = sorted(numbers, key=lambda t: (packing.trees[t].parent, len(packing.trees[t])))
+    block: list[int] = []
+    tokens = 0
+    for number in ordered:
+        if block and tokens + len(packing.trees[number]) > budget:
+            yield block
+            block, tokens = [], 0
+        block.append(number)
+        tokens += len(packing.trees[number])
+    if block:
+        yield block
+
+
+def _last_readers(packing: Packing) -> list[int]:
+    """For each prefix, the last prefix of its subtree."""
+    readers = list(range(packing.prefixes))
+    for prefix in reversed(range(packing.prefixes)):
+        parent = packing.trees[prefix].parent
+        if parent >= 0:
+            readers[parent] = max(readers[parent], readers[prefix])
+    return readers
+
+
+def _with_drop(step: Step, drop: tuple[int, ...]) -> Step:
+    return Step(step.ids, step.positions, step.calls, step.keep, drop, step.scored, step.rows)
+
+
+@dataclass(frozen=True)
+class _Layout:
+    packing: Packing
+    first_rows: NDArray[np.int64]
+    device: torch.device
+    dtype: torch.dtype
+
+    def step(self, block: Sequence[int], kept: bool) -> Step:
+        trees = [self.packing.trees[number] for number in block]
+        starts = np.cumsum([0, *(len(tree) for tree in trees)])
+        calls = []
+        for parent, group in groupby(range(len(trees)), key=lambda i: trees[i].parent):
+            members = list(group)
+            calls.append(self._call(parent, [trees[i] for i in members], starts[members[0]]))
+        spans = zip(block, starts[:-1].tolist(), starts[1:].tolist(), strict=True)
+        scored = [tree.scored + start for tree, start in zip(trees, starts[:-1], strict=True)]
+        rows = [np.arange(self.first_rows[n], self.first_rows[n + 1]) for n in block]
+        return Step(
+            self._long(np.concatenate([tree.ids for tree in trees])),
+            self._long(np.concatenate([tree.positions for tree in trees])),
+            tuple(calls),
+            tuple(spans) if kept else (),
+            (),
+            self._long(np.concatenate(scored)),
+            self._long(np.concatenate(rows)),
+        )
+
+    def _call(self, parent: int, trees: Sequence[Tree], start: int) -> Call:
+        longest = max(len(tree) for tree in trees)
+        full = self._rows(trees, [np.arange(len(tree)) for tree in trees], int(start), longest)
+        wanted = [tree.scored for tree in trees]
+        some = any(len(offsets) for offsets in wanted)
+        scored = self._rows(trees, wanted, int(start), longest) if some else None
+        end = int(start) + sum(len(tree) for tree in trees)
+        return Call(parent, int(start), end, longest + self.packing.prefix_length(parent), full, scored)
+
+    def _rows(
+        self, trees: Sequence[Tree], offsets: Sequence[NDArray[np.int64]], start: int, keys: int
+    ) -> Rows:
+        """The given token offsets of each tree as rows, against all its tokens as keys."""
+        length = max(len(chosen) for chosen in offsets)
+        gather = np.full((len(trees), length), start)
+        mask = np.zeros((len(trees), length, keys), np.bool_)
+        mask[:, :, 0] = True
+        valid = np.zeros((len(trees), length), np.bool_)
+        for i, (tree, chosen) in enumerate(zip(trees, offsets, strict=True)):
+            gather[i, : len(chosen)] = start + chosen
+            mask[i, : len(chosen), : len(tree)] = tree.mask()[chosen]
+            valid[i, : len(chosen)] = True
+            start += len(tree)
+        additive = torch.zeros(mask.shape, dtype=self.dtype)
+        additive.masked_fill_(torch.from_numpy(~mask), torch.finfo(self.dtype).min)
+        return Rows(
+            len(trees),
+            length,
+            self._long(gather.ravel()),
+            self._long(np.flatnonzero(valid)),
+            additive[:, None, None].to(self.device),
+        )
+
+    def _long(self, array: NDArray[np.int64]) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array, np.int64)).to(self.device)

@@ -1,0 +1,193 @@
+"""The fast exact scorer of log-likelihoods, and the lm-eval LM around it.
+
+Every request's sequence joins one trie; shared prefixes and an item's context are computed once, and
+logits only where a choice's token is scored. The results are those of lm-eval's own model, in the
+model's numerics; in fp32 they agree to rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from lm_eval.api.model import LM
+from numpy.typing import NDArray
+from torch import Tensor
+
+from compressor.evaluation.encoding import Encoded, Encoder, max_length_of
+from compressor.evaluation.forward import PackedModel
+from compressor.evaluation.packing import Packing, pack
+from compressor.evaluation.schedule import Step, schedule
+
+if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+HEAD_ROWS = 512
+"""Positions whose logits are held at once."""
+_SOFTMAX_ROWS = 16
+"""Positions whose logits are held in fp32 at once: few enough to stay in the cache."""
+_ROLLING_TOKENS = 1 << 16
+
+Logits = Callable[[NDArray[np.int64]], NDArray[np.float32]]
+"""Token ids [T] to logits [T, V] after each of them."""
+
+
+@dataclass(frozen=True)
+class Likelihoods:
+    """Log-likelihood of each request's continuation (float64[n], nats) and whether it is greedy."""
+
+    values: NDArray[np.float64]
+    greedy: NDArray[np.bool_]
+
+    def pairs(self) -> list[tuple[float, bool]]:
+        """As lm-eval wants them."""
+        return list(zip(self.values.tolist(), self.greedy.tolist(), strict=True))
+
+
+@dataclass
+class Plan:
+    """Requests tokenized, packed and laid out once, to be scored by any number of sub-networks."""
+
+    encoded: Sequence[Encoded]
+    packing: Packing
+    _steps: dict[tuple[torch.device, torch.dtype], list[Step]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, encoded: Sequence[Encoded]) -> Plan:
+        return cls(encoded, pack(encoded))
+
+    @property
+    def truncated(self) -> int:
+        """Requests that were longer than the model takes and lost tokens on the left."""
+        return sum(request.truncated for request in self.encoded)
+
+    def steps(self, device: torch.device, dtype: torch.dtype) -> list[Step]:
+        key = (device, dtype)
+        if key not in self._steps:
+            self._steps[key] = schedule(self.packing, device, dtype)
+        return self._steps[key]
+
+
+def score_plan(plan: Plan, model: PreTrainedModel) -> Likelihoods:
+    """Log-likelihoods of a plan's requests under a model, as it stands."""
+    with torch.inference_mode():
+        packed = PackedModel(model)
+        hidden = packed.run(plan.steps(packed.device, packed.dtype), plan.packing.num_rows)
+        return _collect(plan.packing, hidden, packed.head)
+
+
+def score_by_logits(encoded: Sequence[Encoded], logits: Logits) -> Likelihoods:
+    """The same through an engine that gives logits: each distinct sequence is run once."""
+    by_input: dict[tuple[int, ...], list[int]] = {}
+    for number, request in enumerate(encoded):
+        by_input.setdefault(request.inputs, []).append(number)
+    values = np.empty(len(encoded))
+    greedy = np.empty(len(encoded), np.bool_)
+    for inputs, numbers in by_input.items():
+        table = logits(np.asarray(inputs, np.int64)).astype(np.float64)
+        for number in numbers:
+            scored = encoded[number].scored
+            targets = np.asarray(encoded[number].ids[-scored:])
+            rows = table[-scored:]
+            peak = rows.max(axis=1)
+            chosen = rows[np.arange(scored), targets]
+            values[number] = (chosen - peak - np.log(np.exp(rows - peak[:, None]).sum(axis=1))).sum()
+            greedy[number] = bool((rows.argmax(axis=1) == targets).all())
+    return Likelihoods(values, greedy)
+
+
+class PackedLM(LM):  # type: ignore[misc]
+    """lm-eval's interface to the scorer, for an activated sub-network or any LLaMA-like model.
+
+    Plans are kept by request, so that scoring the same task again tokenizes nothing.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.tokenizer = tokenizer
+        self.encoder = Encoder(tokenizer, max_length or max_length_of(model, tokenizer))
+        self.truncated = 0
+        self._plans: dict[tuple[Any, ...], Plan] = {}
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        del disable_tqdm
+        pairs = tuple(request.args for request in requests)
+        if not pairs:
+            return []
+        if pairs not in self._plans:
+            self._plans[pairs] = Plan.of(self.encoder.encode(pairs))
+        plan = self._plans[pairs]
+        self.truncated = plan.truncated
+        return score_plan(plan, self.model).pairs()
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
+        del disable_tqdm
+        totals = []
+        for request in requests:
+            windows = self.encoder.encode_rolling(request.args[0])
+            per_run = max(1, _ROLLING_TOKENS // self.encoder.max_length)
+            runs = [windows[i : i + per_run] for i in range(0, len(windows), per_run)]
+            totals.append(sum(float(score_plan(Plan.of(r), self.model).values.sum()) for r in runs))
+        return totals
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
+        del requests, disable_tqdm
+        raise NotImplementedError("this scorer gives log-likelihoods; choose multiple-choice tasks")
+
+
+class LogitsLM(PackedLM):
+    """lm-eval's interface to an engine: scores the packaged artefact itself through its logits."""
+
+    def __init__(self, logits: Logits, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+        LM.__init__(self)
+        self.logits = logits
+        self.tokenizer = tokenizer
+        self.encoder = Encoder(tokenizer, max_length)
+        self.truncated = 0
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        del disable_tqdm
+        encoded = self.encoder.encode([request.args for request in requests])
+        self.truncated = sum(request.truncated for request in encoded)
+        return score_by_logits(encoded, self.logits).pairs()
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
+        del disable_tqdm
+        windows = [self.encoder.encode_rolling(request.args[0]) for request in requests]
+        return [float(score_by_logits(encoded, self.logits).values.sum()) for encoded in windows]
+
+
+def _collect(packing: Packing, hidden: Tensor, head: Callable[[Tensor], Tensor]) -> Likelihoods:
+    """Log-probabilities of all targets from final hidden states, summed by request."""
+    order = np.argsort(packing.request_rows, kind="stable")
+    rows, targets = packing.request_rows[order], packing.targets[order]
+    logprobs = np.empty(len(rows))
+    greedy = np.empty(len(rows), np.bool_)
+    for start in range(0, packing.num_rows, HEAD_ROWS):
+        low, high = np.searchsorted(rows, (start, start + HEAD_ROWS))
+        logits = head(hidden[start : start + HEAD_ROWS])
+        local = torch.from_numpy(rows[low:high] - start).to(logits.device)
+        wanted = torch.from_numpy(targets[low:high]).to(logits.device)
+        chosen = logits[local, wanted].float()
+        top, normaliser = _top_and_normaliser(logits)
+        logprobs[order[low:high]] = (chosen - normaliser[local]).double().cpu().numpy()
+        greedy[order[low:high]] = (chosen >= top[local]).cpu().numpy()
+    starts = packing.request_starts[:-1]
+    return Likelihoods(np.add.reduceat(logprobs, starts), np.logical_and.reduceat(greedy, starts))
+
+
+def _top_and_normaliser(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Largest logit and log of the sum of exponentials of each row, in fp32."""
+    rows = _SOFTMAX_ROWS if logits.device.type == "cpu" else len(logits)
+    sums = [torch.logsumexp(part.float(), -1) for part in torch.split(logits, rows)]
+    return logits.amax(-1).float(), torch.cat(sums)
