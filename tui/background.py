@@ -1,0 +1,159 @@
+"""A run in a process of its own: start it, find it again, pause it, stop it, hear how it ended.
+
+The process is the very command line that a person would type. It outlives the wizard.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from compressor.errors import InputError, RunConflictError
+from compressor.runfolder import RunFolder
+from tui.choices import Choices
+
+STOPPED_BY_HAND = 130
+BUDGETS_MISSED = 3
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a run's process ended. ``message`` is what it said last, for a failure."""
+
+    code: int | None
+    message: str
+
+    @property
+    def finished(self) -> bool:
+        """The run went to its end, within its budgets or not."""
+        return self.code in (0, BUDGETS_MISSED)
+
+    @property
+    def stopped(self) -> bool:
+        return self.code in (STOPPED_BY_HAND, -signal.SIGINT)
+
+
+class BackgroundRun:
+    """A run's process, started here or found at work."""
+
+    def __init__(self, folder: RunFolder, pid: int, child: subprocess.Popen[bytes] | None = None) -> None:
+        self.folder = folder
+        self.pid = pid
+        self._child = child
+
+    @classmethod
+    def start(cls, choices: Choices) -> BackgroundRun:
+        """Start the run. Raises ``CompressorError`` where the folder cannot be used."""
+        path = choices.run_folder
+        folder = RunFolder(path)
+        refuse_unusable(folder)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            log = folder.log.open("wb")
+        except OSError as error:
+            raise InputError(
+                f"cannot write the run folder {path} ({error.strerror}): choose another one"
+            ) from error
+        with log:
+            child = subprocess.Popen(
+                [sys.executable, "-m", "compressor.cli", *choices.arguments()],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        return cls(folder, child.pid, child)
+
+    @classmethod
+    def attach(cls, path: Path) -> BackgroundRun | None:
+        """The process that works on the run at the moment, if one does."""
+        folder = RunFolder(path)
+        if not folder.run_file.exists() or not folder.in_use:
+            return None
+        owner = lock_owner(folder)
+        return cls(folder, owner) if owner is not None and psutil.pid_exists(owner) else None
+
+    @property
+    def alive(self) -> bool:
+        if self._child is not None:
+            return self._child.poll() is None
+        try:
+            return psutil.Process(self.pid).status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return False
+
+    @property
+    def paused(self) -> bool:
+        try:
+            return psutil.Process(self.pid).status() == psutil.STATUS_STOPPED
+        except psutil.NoSuchProcess:
+            return False
+
+    def pause(self) -> None:
+        self._signal_all(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        self._signal_all(signal.SIGCONT)
+
+    def stop(self) -> None:
+        """Ask the run to end now; what it finished is kept, and it can go on later."""
+        self.resume()
+        self._signal(self.pid, signal.SIGINT)
+
+    def ending(self) -> Ending:
+        """How it ended. The exit code is known only of a process that was started here."""
+        code = self._child.poll() if self._child is not None else None
+        return Ending(code, last_error(self.folder))
+
+    def _signal_all(self, number: signal.Signals) -> None:
+        """Signal the run and the processes it started."""
+        try:
+            family = [p.pid for p in psutil.Process(self.pid).children(recursive=True)]
+        except psutil.NoSuchProcess:
+            return
+        for pid in (self.pid, *family):
+            self._signal(pid, number)
+
+    @staticmethod
+    def _signal(pid: int, number: signal.Signals) -> None:
+        try:
+            os.kill(pid, number)
+        except ProcessLookupError:
+            return
+
+
+def refuse_unusable(folder: RunFolder) -> None:
+    """Raise ``CompressorError`` for a folder that is damaged or that another process works on."""
+    if not folder.run_file.exists():
+        return
+    folder.request()
+    if folder.in_use:
+        raise RunConflictError(
+            f"{folder.path} is in use by process {lock_owner(folder)}: open that run (ctrl+o) to watch it, "
+            "or choose another folder"
+        )
+
+
+def lock_owner(folder: RunFolder) -> int | None:
+    """The process that wrote its number into the run's lock."""
+    try:
+        return int((folder.path / "run.lock").read_text().strip())
+    except (OSError, ValueError):
+        return None
+
+
+def last_error(folder: RunFolder) -> str:
+    """The last complaint in the run's log, or its last line."""
+    try:
+        lines = folder.log.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return ""
+    lines = [line.strip() for line in lines if line.strip()]
+    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    return errors[-1] if errors else (lines[-1] if lines else "")

@@ -1,0 +1,75 @@
+"""What the person has chosen so far: nothing but flags of the command line."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from compressor import request
+from compressor.request import RunRequest
+
+
+@dataclass(frozen=True)
+class Choices:
+    """Flags by their name in Python (``memory_budget``), and the run folder if one is named."""
+
+    flags: Mapping[str, Any] = field(default_factory=lambda: {"model": "starter", "preset": "quick"})
+    run: Path | None = None
+
+    def but(self, **flags: Any) -> Choices:
+        """These choices with flags replaced; None or an empty text takes a flag back."""
+        merged = {**self.flags, **flags}
+        return replace(self, flags={name: v for name, v in merged.items() if v not in (None, "")})
+
+    def in_folder(self, run: Path | None) -> Choices:
+        return replace(self, run=run)
+
+    def request(self) -> RunRequest:
+        """What a run of these choices would be asked. Raises ``CompressorError``."""
+        return request.fresh(self.flags)
+
+    @property
+    def run_folder(self) -> Path:
+        """The run folder named, or the one that the command line would take. Raises ``CompressorError``."""
+        return self.run or Path("runs") / request.default_name(self.request())
+
+    def arguments(self) -> list[str]:
+        """The command line's arguments that ask for the same run; a run that exists goes on."""
+        words = [
+            word
+            for name, value in self.flags.items()
+            for word in (f"--{name.replace('_', '-')}", _text(value))
+        ]
+        return [*words, "--run", str(self.run_folder), "--resume"]
+
+    def command_line(self) -> str:
+        """The line that a person would type, to copy."""
+        return shlex.join(["compress", *self.arguments()])
+
+
+def of_request(stored: RunRequest, run: Path) -> Choices:
+    """The choices that made a stored request, as far as flags can say them."""
+    flags: dict[str, Any] = {
+        "model": stored.model,
+        "profile": stored.profile.name,
+        "preset": stored.preset,
+        "tasks": ",".join(stored.tasks),
+        "task_data": stored.task_data,
+        "train_data": stored.train_data,
+        "num_fewshot": stored.num_fewshot,
+        "limit": stored.limit,
+        "threads": stored.threads,
+        "memory_budget": stored.profile.budgets.memory_gib,
+        "ttft_budget": stored.profile.budgets.ttft_ms,
+        "tpot_budget": stored.profile.budgets.tpot_ms,
+        "evaluations": stored.effort.evaluations,
+        "tuning_minutes": stored.effort.tuning_minutes,
+    }
+    return Choices({}, run).but(**flags)
+
+
+def _text(value: Any) -> str:
+    return f"{value:.10g}" if isinstance(value, float) else str(value)

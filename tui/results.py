@@ -1,0 +1,191 @@
+"""What a run found: its candidates, references and choice, read from its folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import TypeAdapter, ValidationError
+
+from compressor.engines.memory import required_memory_bytes
+from compressor.errors import CompressorError, InputError, RunConflictError
+from compressor.ledger import open_ledger
+from compressor.profile import Budgets, Profile
+from compressor.report.analysis import front_candidates
+from compressor.report.data import Candidate, ReportData
+from compressor.request import RunRequest, stored_request
+from compressor.runfolder import RunFolder
+from compressor.space import ModelShape, SearchSpace, weight_bytes
+from tui import words
+from tui.charts import Sample
+from tui.facts import ModelFacts
+
+if TYPE_CHECKING:
+    from compressor.search.front import Miss
+
+
+def weight_budget_bytes(request: RunRequest, model: ModelFacts | None) -> float | None:
+    """Bytes that the memory budget leaves to the weights of the whole model."""
+    if model is None:
+        return None
+    shape, profile = model.shape, request.profile
+    full = SearchSpace(shape, (shape.num_layers,), (shape.intermediate_size,)).full
+    needed = required_memory_bytes(shape, full, profile.workload, profile.numerics)
+    return max(0.0, profile.budgets.memory_bytes - (needed.total - needed.weights))
+
+
+def unpruned_samples(run: Path, request: RunRequest, model: ModelFacts | None) -> tuple[Sample, ...]:
+    """The whole model in the packaged numerics, as the run measured it, scored on the search split."""
+    path = run / "ledger.sqlite"
+    if model is None or not path.exists():
+        return ()
+    shape = model.shape
+    full = SearchSpace(shape, (shape.num_layers,), (shape.intermediate_size,)).full
+    numerics = request.profile.numerics
+    figures: dict[str, float] = {}
+    try:
+        with open_ledger(path) as ledger:
+            for row in ledger.rows(subnet=full.digest, numerics=numerics, status="ok"):
+                if "report" not in row.key.task:
+                    figures.update(row.metrics)
+    except CompressorError:
+        return ()
+    if "accuracy" not in figures:
+        return ()
+    size = weight_bytes(shape, full, numerics)
+    return (Sample(figures["accuracy"], size, figures.get("throughput_tok_s")),)
+
+
+@dataclass(frozen=True)
+class Pick:
+    """A sub-network to choose: the figures of the search, its memory and which budgets it meets."""
+
+    candidate: Candidate
+    memory_bytes: int | None
+    met: tuple[bool, ...]
+    chosen: bool
+
+    @property
+    def digest(self) -> str:
+        return self.candidate.subnet.digest
+
+
+@dataclass(frozen=True)
+class WhatIf:
+    """Other budgets: what would be chosen, or why nothing meets them."""
+
+    digest: str | None
+    text: str
+
+
+class Results:
+    """A finished run. Made by ``read_results``."""
+
+    def __init__(self, run: Path, data: ReportData, request: RunRequest, shape: ModelShape | None) -> None:
+        self.run = run
+        self.data = data
+        self.request = request
+        self.shape = shape
+
+    @property
+    def winner_digest(self) -> str | None:
+        return self.data.winner.subnet.digest if self.data.winner else None
+
+    def picks(self, profile: Profile | None = None) -> list[Pick]:
+        """The front, the smallest first, judged by a profile's budgets (the run's own unless given)."""
+        budgets = (profile or self.request.profile).budgets
+        return [self._pick(c, budgets) for c in front_candidates(self.data)]
+
+    def what_if(self, memory_gib: float, ttft_ms: float, tpot_ms: float) -> WhatIf:
+        """What the run's own rule picks under other budgets, from what was evaluated."""
+        from compressor.search.front import choose_winner
+        from compressor.search.problem import Outcome
+
+        outcomes = [
+            Outcome(c.subnet, self._values(c)) for c in self.data.candidates if c.accuracy and c.speed
+        ]
+        limits = {"memory_bytes": memory_gib * 2**30, "ttft_ms": ttft_ms, "tpot_ms": tpot_ms}
+        if self.shape is None:
+            return WhatIf(None, "the model is still being looked at: wait a moment")
+        try:
+            choice = choose_winner(outcomes, limits)
+        except CompressorError as error:
+            return WhatIf(None, str(error))
+        if choice.winner is None:
+            return WhatIf(None, "Nothing that was evaluated meets these. " + nearest_text(choice.misses))
+        return WhatIf(choice.winner.subnet.digest, "")
+
+    def _pick(self, candidate: Candidate, budgets: Budgets) -> Pick:
+        memory, speed = self._memory(candidate), candidate.speed
+        met = (
+            memory is not None and memory <= budgets.memory_bytes,
+            speed is not None and speed.ttft_ms <= budgets.ttft_ms,
+            speed is not None and speed.tpot_ms <= budgets.tpot_ms,
+        )
+        return Pick(candidate, memory, met, candidate.subnet.digest == self.winner_digest)
+
+    def _memory(self, candidate: Candidate) -> int | None:
+        if self.shape is None:
+            return None
+        profile = self.request.profile
+        return required_memory_bytes(self.shape, candidate.subnet, profile.workload, profile.numerics).total
+
+    def _values(self, candidate: Candidate) -> dict[str, float]:
+        score, speed = candidate.accuracy, candidate.speed
+        assert score is not None and speed is not None
+        values = {
+            "accuracy": score.value,
+            "weight_bytes": float(candidate.weight_bytes),
+            "memory_bytes": float(self._memory(candidate) or 0),
+            "ttft_ms": speed.ttft_ms,
+            "tpot_ms": speed.tpot_ms,
+            "throughput_tok_s": speed.throughput_tok_s,
+        }
+        bounds = {"accuracy_low": score.low, "accuracy_high": score.high}
+        return values | {name: value for name, value in bounds.items() if value is not None}
+
+
+def read_results(run: Path, shape: ModelShape | None) -> Results:
+    """The results of a finished run. Raises ``CompressorError`` where there are none or they are damaged."""
+    folder = RunFolder.open_existing(run)
+    try:
+        data = TypeAdapter(ReportData).validate_json(folder.front.read_bytes())
+    except OSError:
+        raise InputError(f"{run} has no result yet: let the run go to its end") from None
+    except ValidationError as error:
+        raise RunConflictError(
+            f"{folder.front} is damaged ({error.error_count()} errors): let the run go on, it writes it again"
+        ) from None
+    return Results(run, data, stored_request(folder), shape)
+
+
+def sample_of(candidate: Candidate) -> Sample:
+    score, speed = candidate.accuracy, candidate.speed
+    return Sample(
+        score.value if score else None, candidate.weight_bytes, speed.throughput_tok_s if speed else None
+    )
+
+
+def reference_samples(data: ReportData) -> tuple[Sample, ...]:
+    """The whole model in the numerics that the run packages, on the search split as the candidates are."""
+    reference = data.reference(data.numerics)
+    if reference is None:
+        return ()
+    score, speed = reference.search_accuracy, reference.speed
+    return (
+        Sample(
+            score.value if score else None, reference.weight_bytes, speed.throughput_tok_s if speed else None
+        ),
+    )
+
+
+def nearest_text(misses: tuple[Miss, ...]) -> str:
+    """``The nearest is 4.2% over on time per token (42 ms).``"""
+    names = {
+        "memory_bytes": ("memory", words.size),
+        "ttft_ms": ("first token", words.milliseconds),
+        "tpot_ms": ("each token", words.milliseconds),
+    }
+    parts = [f"{names[m.name][0]} at {names[m.name][1](m.value)}, {m.excess:.0%} over" for m in misses]
+    return f"The nearest misses {' and '.join(parts)}."

@@ -1,0 +1,149 @@
+"""Step 1, device: what this machine is, the profiles that fit it, budgets and workload."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from textual.app import ComposeResult
+from textual.binding import BindingType
+from textual.containers import Horizontal, Vertical, VerticalScroll
+from textual.content import Content
+from textual.widgets import OptionList, Static
+from textual.widgets.option_list import Option
+
+from compressor.device import GIB, Fit, Machine, fits
+from compressor.errors import CompressorError
+from compressor.profile import Profile, load_profiles
+from tui import words
+from tui.meaning import budget_meaning
+from tui.screens.step import Step
+from tui.widgets.field import Field
+
+FIELDS = (
+    ("Memory", "memory_budget", "number", "GiB"),
+    ("Prompt", "prompt_tokens", "integer", "tokens"),
+    ("First token in", "ttft_budget", "number", "ms"),
+    ("Answer", "output_tokens", "integer", "tokens"),
+    ("Each token in", "tpot_budget", "number", "ms"),
+    ("At once", "concurrency", "integer", "requests"),
+)
+
+
+class DeviceStep(Step):
+    """Pick the profile of the device that will serve; narrow or widen its budgets."""
+
+    step = "device"
+    BINDINGS: ClassVar[list[BindingType]] = [("ctrl+o", "app.open_run", "Open run")]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.profiles: list[Profile] = []
+
+    def content(self) -> ComposeResult:
+        with Vertical(id="device-left"):
+            yield Static("Looking at this machine …", id="machine", markup=False)
+            yield OptionList(id="profiles", compact=True)
+        with VerticalScroll(id="device-right", can_focus=False):
+            yield Static("Limits, and what one request is", classes="heading")
+            for left, right in zip(FIELDS[::2], FIELDS[1::2], strict=True):
+                with Horizontal(classes="pair"):
+                    for label, name, kind, unit in (left, right):
+                        yield Field(label, name, kind=kind, unit=unit)  # type: ignore[arg-type]
+            yield Static("", id="meaning")
+
+    def refresh_facts(self) -> None:
+        machine = self.wizard.machine
+        if machine is not None and not self.profiles:
+            self._list_profiles(machine)
+        self._show_choices()
+
+    def on_option_list_option_highlighted(self, event: OptionList.OptionHighlighted) -> None:
+        name = str(event.option.id)
+        if self.wizard.choices.flags.get("profile") == name:
+            return
+        overrides = {field: None for _, field, _, _ in FIELDS}
+        self.wizard.choices = self.wizard.choices.but(profile=name, **overrides)
+        self._show_choices()
+
+    def on_option_list_option_selected(self) -> None:
+        self.query_one("#input-memory_budget").focus()
+
+    def on_field_changed(self, event: Field.Changed) -> None:
+        if not event.error:
+            self.wizard.choices = self.wizard.choices.but(**{event.field.key: event.value})
+        self._judge()
+
+    def obstacle(self) -> str:
+        if self.wizard.machine is None:
+            return "still looking at this machine: wait a moment"
+        return next((f.error for f in self.query(Field) if f.error), "") or self._fault()
+
+    def _list_profiles(self, machine: Machine) -> None:
+        fit = {p.name: fits(p, machine) for p in load_profiles()}
+        self.profiles = sorted(load_profiles(), key=lambda p: (not fit[p.name].ok, p.device.memory_gib))
+        self.query_one("#machine", Static).update(machine_lines(machine))
+        chosen = self.wizard.choices.flags.get("profile")
+        if chosen not in fit:
+            chosen = next((p.name for p in self.profiles if fit[p.name].ok), self.profiles[0].name)
+            self.wizard.choices = self.wizard.choices.but(profile=chosen)
+        options = self.query_one("#profiles", OptionList)
+        options.add_options(Option(profile_line(p, fit[p.name]), id=p.name) for p in self.profiles)
+        options.highlighted = options.get_option_index(str(chosen))
+        options.focus()
+
+    def _show_choices(self) -> None:
+        try:
+            profile = self.wizard.choices.request().profile
+        except CompressorError as error:
+            self.say(str(error), "error")
+            return
+        figures = {
+            "memory_budget": profile.budgets.memory_gib,
+            "ttft_budget": profile.budgets.ttft_ms,
+            "tpot_budget": profile.budgets.tpot_ms,
+            **profile.workload.model_dump(),
+        }
+        if self.wizard.machine is not None:
+            for field in self.query(Field):
+                field.show(figures[field.key])
+        self._judge()
+
+    def _judge(self) -> None:
+        """Say what is wrong, or what the budgets mean for the model."""
+        fault = next((f.error for f in self.query(Field) if f.error), "") or self._fault()
+        self.say(fault, "error")
+        if fault:
+            return
+        meaning = budget_meaning(self.wizard.choices.request().profile, self.wizard.model)
+        self.query_one("#meaning", Static).update(meaning)
+
+    def _fault(self) -> str:
+        """What the core has against these choices on this machine."""
+        try:
+            profile = self.wizard.choices.request().profile
+        except CompressorError as error:
+            return str(error)
+        machine = self.wizard.machine
+        fit = fits(profile, machine) if machine else Fit(True, "")
+        return "" if fit.ok else f"{profile.name} {fit.reason}: choose a profile that fits"
+
+
+def machine_lines(machine: Machine) -> str:
+    """This machine in four lines."""
+    gpus = "; ".join(f"{g.name}, {g.memory_bytes / GIB:.0f} GiB" for g in machine.gpus) or "none with CUDA"
+    return "\n".join(
+        (
+            f"CPU     {machine.cpu_name}, {machine.usable_cores} cores",
+            f"        {', '.join(machine.isa) or 'no special instructions'}",
+            f"Memory  {words.size(machine.memory_bytes)}, {words.size(machine.memory_available_bytes)} free; "
+            f"disk {words.size(machine.disk_free_bytes)} free",
+            f"GPU     {gpus}",
+        )
+    )
+
+
+def profile_line(profile: Profile, fit: Fit) -> Content:
+    """A profile in one line: what it is for, or why it does not fit."""
+    if fit.ok:
+        return Content.assemble((f"✓ {profile.name:<16}", "bold"), profile.summary)
+    return Content.assemble((f"✗ {profile.name:<16}{fit.reason}", "dim"))
