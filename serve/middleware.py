@@ -1,0 +1,118 @@
+"""What every request passes first: the key, the size of its body, the time it may take to send it."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import logging
+import time
+from collections.abc import Callable
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serve.errors import ApiError
+from serve.settings import Settings
+
+access_log = logging.getLogger("serve.access")
+
+OPEN_PATHS = ("/", "/health")
+BODY_SECONDS = 60.0
+
+
+class Gate:
+    """An ASGI middleware; it never touches replies, so that streams stay streams."""
+
+    def __init__(self, app: ASGIApp, settings: Settings, count_reply: Callable[[int], None]) -> None:
+        self._app = app
+        self._key = settings.api_key
+        self._max_body_bytes = settings.max_body_bytes
+        self._count_reply = count_reply
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        began = time.monotonic()
+        status = 0
+
+        async def watched_send(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            self._check(scope)
+            body = await self._read_body(scope, receive)
+            await self._app(scope, _replay(body, receive), watched_send)
+        except ApiError as error:
+            await _send_error(error, watched_send)
+        finally:
+            self._count_reply(status)
+            seconds = time.monotonic() - began
+            access_log.info("%s %s %d %.3fs", scope["method"], _printable(scope["path"]), status, seconds)
+
+    def _check(self, scope: Scope) -> None:
+        """Raises ``ApiError`` for a request without the key or with a body that is announced too big."""
+        headers = dict(scope["headers"])
+        if self._key is not None and scope["path"] not in OPEN_PATHS and scope["method"] != "OPTIONS":
+            scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
+            if scheme.lower() != b"bearer" or not hmac.compare_digest(given.strip(), self._key.encode()):
+                raise ApiError(
+                    401, "wrong or missing API key: send 'Authorization: Bearer KEY'", code="invalid_api_key"
+                )
+        length = headers.get(b"content-length", b"0")
+        if length.isdigit() and int(length) > self._max_body_bytes:
+            raise self._too_big()
+
+    async def _read_body(self, scope: Scope, receive: Receive) -> bytes:
+        """The whole body. Raises ``ApiError`` if it is too big or too slow."""
+        if scope["method"] in ("GET", "HEAD", "OPTIONS"):
+            return b""
+        chunks: list[bytes] = []
+        size = 0
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                more = True
+                while more:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise ApiError(499, "the client left")
+                    chunks.append(message.get("body", b""))
+                    size += len(chunks[-1])
+                    if size > self._max_body_bytes:
+                        raise self._too_big()
+                    more = message.get("more_body", False)
+        except TimeoutError:
+            raise ApiError(408, f"the body did not arrive within {BODY_SECONDS:.0f} s") from None
+        return b"".join(chunks)
+
+    def _too_big(self) -> ApiError:
+        return ApiError(413, f"the body is larger than {self._max_body_bytes} bytes: send less")
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """A ``receive`` that first gives the body that was read."""
+    given = False
+
+    async def replay() -> Message:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return replay
+
+
+async def _send_error(error: ApiError, send: Send) -> None:
+    headers = {"content-type": "application/json", "connection": "close", **error.headers}
+    raw = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+    await send({"type": "http.response.start", "status": error.status, "headers": raw})
+    await send({"type": "http.response.body", "body": json.dumps(error.body).encode()})
+
+
+def _printable(path: str) -> str:
+    """Paths come from strangers: no control characters in the log, and no novels."""
+    return "".join(character if character.isprintable() else "?" for character in path[:200])

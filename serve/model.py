@@ -1,0 +1,120 @@
+"""The package's graph in ONNX Runtime: prefill of one row, one decoding step of many.
+
+GroupQueryAttention reads each row's length from the attention mask and writes new keys and values in
+place, so that past and present are the same memory and rows of different lengths share a step. On CPU
+it takes several new tokens onto a past for one row at a time only; hence two calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+
+from compressor.errors import PackageError
+from serve.kvcache import CacheShape, KeyValueCache
+
+CPU = "CPUExecutionProvider"
+_DTYPES = {"tensor(float)": np.dtype(np.float32), "tensor(float16)": np.dtype(np.float16)}
+
+Logits = npt.NDArray[np.float32]
+
+
+class Model:
+    """A loaded graph with its cache."""
+
+    def __init__(self, session: ort.InferenceSession, cache: KeyValueCache) -> None:
+        self.cache = cache
+        self._session = session
+        output = session.get_outputs()[0]
+        self.vocabulary = int(output.shape[-1])
+        self.all_logits = output.shape[1] != 1
+        self._logits_dtype = _DTYPES[output.type]
+        self._decoders: dict[int, _Step] = {}
+        self._prefillers: dict[int, ort.IOBinding] = {}
+
+    def prefill(self, row: int, ids: Sequence[int]) -> Logits:
+        """Append ``ids`` to a row; logits [len(ids) or 1, vocabulary], the last for the next token."""
+        tokens = self.cache.rows[row].tokens
+        total = len(tokens) + len(ids)
+        if row not in self._prefillers:
+            self._prefillers[row] = self._bind(row, 1)
+        binding = self._prefillers[row]
+        binding.bind_cpu_input("input_ids", np.asarray([ids], np.int64))
+        binding.bind_cpu_input("attention_mask", np.ones((1, total), np.int64))
+        binding.bind_output("logits", "cpu")
+        self._session.run_with_iobinding(binding)
+        self._extend(row, ids)
+        return np.asarray(binding.get_outputs()[-1].numpy()[0], np.float32)
+
+    def decode(self, tokens: Sequence[int]) -> Logits:
+        """Append one token to each of the first rows; logits [len(tokens), vocabulary], until the next call."""
+        batch = len(tokens)
+        if batch not in self._decoders:
+            self._decoders[batch] = _Step(self._bind(0, batch), batch, self.vocabulary, self._logits_dtype)
+        step = self._decoders[batch]
+        lengths = np.fromiter((len(row.tokens) + 1 for row in self.cache.rows[:batch]), np.int64, batch)
+        mask = np.arange(int(lengths.max())) < lengths[:, None]
+        step.binding.bind_cpu_input("input_ids", np.asarray(tokens, np.int64)[:, None])
+        step.binding.bind_cpu_input("attention_mask", np.ascontiguousarray(mask, np.int64))
+        self._session.run_with_iobinding(step.binding)
+        for row, token in enumerate(tokens):
+            self._extend(row, (token,))
+        return np.asarray(step.logits[:, 0], np.float32)
+
+    def warm_up(self) -> None:
+        """Run once, so that the first request doesn't pay for allocations."""
+        self.prefill(0, [0] * min(8, self.cache.shape.capacity - 1))
+        self.decode([0])
+        self.cache.drop(0)
+
+    def _extend(self, row: int, ids: Sequence[int]) -> None:
+        entry = self.cache.rows[row]
+        entry.tokens.extend(ids)
+        entry.touched = max(entry.touched, len(entry.tokens))
+
+    def _bind(self, first: int, batch: int) -> ort.IOBinding:
+        """A binding to ``batch`` rows from ``first`` on, as both past and present."""
+        binding = self._session.io_binding()
+        for index, tensor in enumerate(self.cache.tensors):
+            name = f"{index // 2}.{'value' if index % 2 else 'key'}"
+            rows = tensor[first : first + batch]
+            place = ("cpu", 0, tensor.dtype.type, list(rows.shape), rows.ctypes.data)
+            binding.bind_input(f"past_key_values.{name}", *place)
+            binding.bind_output(f"present.{name}", *place)
+        return binding
+
+
+class _Step:
+    """The binding of a decoding step of a fixed number of rows, with its logits."""
+
+    def __init__(
+        self, binding: ort.IOBinding, batch: int, vocabulary: int, dtype: np.dtype[np.generic]
+    ) -> None:
+        self.binding = binding
+        self.logits = np.empty((batch, 1, vocabulary), dtype)
+        binding.bind_output("logits", "cpu", 0, dtype.type, list(self.logits.shape), self.logits.ctypes.data)
+
+
+def open_session(path: Path, threads: int) -> ort.InferenceSession:
+    """Load a package's graph. Raises ``PackageError`` where ONNX Runtime cannot."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    try:
+        return ort.InferenceSession(str(path), options, providers=[CPU])
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise PackageError(f"{path}: ONNX Runtime {ort.__version__} cannot load it ({reason})") from None
+
+
+def cache_shape(session: ort.InferenceSession, heads: int, head_dim: int, capacity: int) -> CacheShape:
+    """The cache that a graph's inputs ask for. Raises ``PackageError`` if it has none."""
+    keys = [entry for entry in session.get_inputs() if entry.name.endswith(".key")]
+    if not keys or keys[0].type not in _DTYPES:
+        raise PackageError("the graph has no key-value cache in fp32 or fp16: make the package again")
+    return CacheShape(len(keys), heads, head_dim, _DTYPES[keys[0].type], capacity)

@@ -1,0 +1,120 @@
+"""Choosing the next token from logits, and what log-probabilities to report for it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+Logits = npt.NDArray[np.float32]
+_HEAD = 1024  # enough of the sorted distribution for top_p in all but flat cases
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to choose. Defaults sample from the model's distribution as it is."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A token with its log-probability (natural), and the likeliest alternatives, best first."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class Sampler:
+    """The choice of one sequence's tokens; the same seed gives the same tokens."""
+
+    def __init__(self, params: SamplingParams) -> None:
+        self._params = params
+        self._random = np.random.default_rng(params.seed)
+        self._counts: Counter[int] = Counter()
+        self._bias_ids = np.fromiter(params.logit_bias, np.int64)
+        self._bias = np.fromiter(params.logit_bias.values(), np.float32)
+
+    def choose(self, logits: Logits, forbidden: npt.NDArray[np.bool_] | None = None) -> int:
+        """The next token from ``logits`` [vocabulary]; never one that ``forbidden`` marks."""
+        adjusted = self._adjust(logits, forbidden)
+        token = self._sample(adjusted) if self._params.temperature else int(adjusted.argmax())
+        if self._params.frequency_penalty or self._params.presence_penalty:
+            self._counts[token] += 1
+        return token
+
+    def _adjust(self, logits: Logits, forbidden: npt.NDArray[np.bool_] | None) -> Logits:
+        """Bias, penalties (OpenAI: c * frequency + [c > 0] * presence off the logit) and grammar."""
+        if not (len(self._bias_ids) or self._counts or forbidden is not None):
+            return logits
+        adjusted = logits.copy()
+        adjusted[self._bias_ids] += self._bias
+        if self._counts:
+            ids = np.fromiter(self._counts, np.int64)
+            counts = np.fromiter(self._counts.values(), np.float32)
+            adjusted[ids] -= counts * self._params.frequency_penalty + self._params.presence_penalty
+        if forbidden is not None:
+            adjusted[forbidden] = -np.inf
+        return adjusted
+
+    def _sample(self, logits: Logits) -> int:
+        params = self._params
+        scaled = (logits.astype(np.float64) - logits.max()) / params.temperature
+        if not params.top_k and params.top_p >= 1 and not params.min_p:
+            return self._draw(np.exp(scaled))
+        weights = np.exp(scaled)
+        order = _truncate(weights, params)
+        return int(order[self._draw(weights[order])])
+
+    def _draw(self, weights: npt.NDArray[np.float64]) -> int:
+        cumulative = weights.cumsum()
+        index = int(cumulative.searchsorted(self._random.random() * cumulative[-1], side="right"))
+        return min(index, len(weights) - 1)
+
+
+def logprob_of(logits: Logits, token: int, top: int) -> TokenLogprob:
+    """The log-probability of ``token`` under the model's own distribution, with ``top`` alternatives."""
+    peak = float(logits.max())
+    normalizer = peak + float(np.log(np.exp(logits - peak, dtype=np.float64).sum()))
+    best: tuple[tuple[int, float], ...] = ()
+    if top:
+        ids = _largest(logits, top)
+        best = tuple((int(index), float(logits[index]) - normalizer) for index in ids)
+    return TokenLogprob(token, float(logits[token]) - normalizer, best)
+
+
+def _truncate(weights: npt.NDArray[np.float64], params: SamplingParams) -> npt.NDArray[np.int64]:
+    """Ids that top_k, top_p (nucleus) and min_p leave, likeliest first."""
+    total = weights.sum()
+    order = _largest(weights, params.top_k or _HEAD)
+    kept = weights[order]
+    if params.top_k:
+        total = kept.sum()
+    elif kept.sum() < params.top_p * total or kept[-1] > params.min_p * kept[0] > 0:
+        order = _largest(weights, len(weights))
+        kept = weights[order]
+    if params.top_p < 1:
+        before = kept.cumsum() - kept
+        order, kept = order[before < params.top_p * total], kept[before < params.top_p * total]
+    if params.min_p:
+        order = order[kept >= params.min_p * kept[0]]
+    return order
+
+
+def _largest(values: npt.NDArray[np.floating], count: int) -> npt.NDArray[np.int64]:
+    """Indices of the largest values, largest first."""
+    if count < len(values):
+        head = np.argpartition(values, -count)[-count:]
+        return np.asarray(head[np.argsort(-values[head], kind="stable")], np.int64)
+    return np.asarray(np.argsort(-values, kind="stable"), np.int64)

@@ -1,0 +1,230 @@
+"""The batching loop: one thread owns the model, and requests join and leave between tokens.
+
+A turn prefills a chunk of the oldest prompt, then decodes one token of every running sequence. While
+others decode, chunks are cut to about ``STALL`` times a decoding step, so that a long prompt slows a
+stream but never stalls it.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass
+
+from serve.errors import ApiError
+from serve.model import Model
+from serve.rows import Rows
+from serve.sampling import Logits
+from serve.sequence import SequenceState
+
+log = logging.getLogger("serve.scheduler")
+
+CHUNK_TOKENS = 512  # of a prompt when nothing else runs
+SCORED_CHUNK_TOKENS = 64  # logits of every position are kept: vocabulary x 4 bytes a token
+MIN_CHUNK_TOKENS = 8
+STALL = 1.5
+SMOOTHING = 0.2
+
+
+@dataclass
+class Counters:
+    """What happened since the start."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    steps: int = 0
+    cancelled: int = 0
+    timed_out: int = 0
+    failed: int = 0
+
+
+class Scheduler:
+    """Runs sequences to their end. ``start`` it, ``submit`` from any thread, ``close`` it."""
+
+    def __init__(self, model: Model, budget_tokens: int, queue_limit: int) -> None:
+        self.rows = Rows(model.cache, budget_tokens)
+        self.counters = Counters()
+        self._model = model
+        self._queue_limit = queue_limit
+        self._waiting: deque[SequenceState] = deque()
+        self._changed = threading.Condition()
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="batching", daemon=True)
+        self._decode_seconds = 0.0
+        self._prefill_seconds_per_token = 0.0
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        return self.rows.active
+
+    @property
+    def healthy(self) -> bool:
+        return self._thread.is_alive() and not self._closing
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def submit(self, sequences: list[SequenceState]) -> None:
+        """Queue sequences, all or none. Raises ``ApiError`` 429 if the queue is full, 503 when closing."""
+        with self._changed:
+            if self._closing:
+                raise ApiError(503, "the server is shutting down: ask another one")
+            free = len(self._model.cache.rows) - self.rows.active
+            if len(self._waiting) + len(sequences) > self._queue_limit + max(free, 0):
+                raise ApiError(
+                    429,
+                    f"{len(self._waiting)} requests wait already: try again later",
+                    code="queue_full",
+                    retry_after_seconds=self._expected_wait_seconds(),
+                )
+            self._waiting.extend(sequences)
+            self._changed.notify()
+
+    def cancel(self, sequences: list[SequenceState]) -> None:
+        """Stop sequences at the next token; harmless for finished ones."""
+        for sequence in sequences:
+            sequence.cancelled = True
+        with self._changed:
+            self._changed.notify()
+
+    def close(self, drain_seconds: float) -> None:
+        """Refuse what is new, finish what runs for up to ``drain_seconds``, then cancel it."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        self._thread.join(drain_seconds)
+        for sequence in [*self._waiting, *self.rows.sequences]:
+            sequence.cancelled = True
+        self._thread.join(10)
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                while not (self._waiting or self.rows.active or self._closing):
+                    self._changed.wait()
+                if self._closing and not (self._waiting or self.rows.active):
+                    return
+            try:
+                self._turn()
+            except Exception as error:
+                log.exception("a batching step failed")
+                self._fail_all(error)
+
+    def _turn(self) -> None:
+        self._reap()
+        self._admit()
+        if self.rows.prefilling:
+            self._prefill(min(self.rows.prefilling, key=lambda sequence: sequence.times.submitted))
+        if self.rows.decoding:
+            self._decode()
+
+    def _reap(self) -> None:
+        """Let go of sequences whose client left or whose time is up."""
+        now = time.monotonic()
+        for sequence in self.rows.sequences:
+            if self._ended(sequence, now):
+                self.rows.release(sequence)
+        with self._changed:
+            self._waiting = deque(item for item in self._waiting if not self._ended(item, now))
+
+    def _ended(self, sequence: SequenceState, now: float) -> bool:
+        if sequence.cancelled:
+            self.counters.cancelled += 1
+            sequence.finish("cancelled")
+        elif now > sequence.request.deadline:
+            self.counters.timed_out += 1
+            sequence.fail(ApiError(408, "the request took longer than the server allows: ask for less"))
+        return sequence.finished
+
+    def _admit(self) -> None:
+        with self._changed:
+            while self._waiting and self.rows.admit(self._waiting[0]):
+                self._waiting.popleft()
+
+    def _prefill(self, sequence: SequenceState) -> None:
+        """Put a chunk of the prompt into the cache; after the last one choose the first token."""
+        row = self.rows.row_of(sequence)
+        prompt = sequence.request.prompt
+        if not sequence.prefill_begun:
+            self._begin_prefill(sequence)
+        done = len(self._model.cache.rows[row].tokens)
+        chunk = list(prompt[done : done + self._chunk_tokens(sequence)])
+        began = time.monotonic()
+        logits = self._model.prefill(row, chunk)
+        self._learn_prefill((time.monotonic() - began) / len(chunk))
+        self.counters.prompt_tokens += len(chunk)
+        if sequence.request.score_prompt:
+            for offset, token in enumerate(prompt[done + 1 : done + 1 + len(chunk)]):
+                sequence.score(logits[offset], token)
+        if done + len(chunk) < len(prompt):
+            return
+        self.rows.start_decoding(sequence)
+        if sequence.request.max_tokens:
+            self._advance(sequence, logits[-1])
+        else:
+            sequence.finish("length")
+            self.rows.release(sequence)
+
+    def _begin_prefill(self, sequence: SequenceState) -> None:
+        sequence.prefill_begun = True
+        if not sequence.request.score_prompt:
+            self.rows.share_prefix(sequence)
+        self.counters.cached_tokens += sequence.cached_tokens
+
+    def _chunk_tokens(self, sequence: SequenceState) -> int:
+        if sequence.request.score_prompt:
+            return SCORED_CHUNK_TOKENS if self._model.all_logits else 1
+        if not self.rows.decoding or not self._prefill_seconds_per_token:
+            return CHUNK_TOKENS
+        affordable = int(STALL * self._decode_seconds / self._prefill_seconds_per_token)
+        return min(max(affordable, MIN_CHUNK_TOKENS), CHUNK_TOKENS)
+
+    def _decode(self) -> None:
+        """One token for every running sequence."""
+        sequences = list(self.rows.decoding)
+        began = time.monotonic()
+        logits = self._model.decode([sequence.output[-1] for sequence in sequences])
+        self._learn_decode(time.monotonic() - began)
+        self.counters.steps += 1
+        for sequence, row in zip(sequences, logits, strict=True):
+            self._advance(sequence, row)
+
+    def _advance(self, sequence: SequenceState, logits: Logits) -> None:
+        """Choose a sequence's next token; one that can't go on leaves, the others don't notice."""
+        try:
+            sequence.advance(logits)
+        except Exception as error:
+            log.exception("choosing a token failed")
+            self.counters.failed += 1
+            sequence.fail(ApiError(500, f"choosing a token failed: {error}"))
+        self.counters.output_tokens += 1
+        if sequence.finished:
+            self.rows.release(sequence)
+
+    def _fail_all(self, error: Exception) -> None:
+        for sequence in self.rows.sequences:
+            self.counters.failed += 1
+            sequence.fail(ApiError(500, f"the engine failed: {str(error).splitlines()[0]}"))
+        self.rows.drop_all()
+
+    def _learn_prefill(self, seconds_per_token: float) -> None:
+        self._prefill_seconds_per_token = _smooth(self._prefill_seconds_per_token, seconds_per_token)
+
+    def _learn_decode(self, seconds: float) -> None:
+        self._decode_seconds = _smooth(self._decode_seconds, seconds)
+
+    def _expected_wait_seconds(self) -> int:
+        """A guess for Retry-After: the tokens that the queue may yet ask for, at the present speed."""
+        tokens = sum(item.request.max_tokens for item in self._waiting) / max(1, len(self._model.cache.rows))
+        return min(60, max(1, round(tokens * self._decode_seconds)))
+
+
+def _smooth(old: float, new: float) -> float:
+    return old + SMOOTHING * (new - old) if old else new

@@ -1,0 +1,147 @@
+"""The package at work: turns checked requests into sequences and their events into replies."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+
+from serve.errors import ApiError, bad_request
+from serve.grammar import Grammars
+from serve.kvcache import KeyValueCache
+from serve.memory import plan_cache
+from serve.metrics import Metrics
+from serve.model import Model, cache_shape, open_session
+from serve.package import ServedPackage, open_package
+from serve.sampling import TokenLogprob
+from serve.scheduler import Scheduler
+from serve.sequence import Event, Finished, GenerationRequest, Piece, SequenceState
+from serve.settings import Settings
+
+LONG_TEXT = 8192  # characters from which on tokenizing leaves the event loop
+
+
+@dataclass
+class Completion:
+    """A finished sequence."""
+
+    text: str = ""
+    tokens: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
+    finished: Finished | None = None
+
+
+class Service:
+    """A loaded package. ``open`` it, ``close`` it at the end."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.package: ServedPackage = open_package(settings.package)
+        self.name = settings.model_name or self.package.manifest.name
+        self.created = int(time.time())
+        self.tokenizer = self.package.tokenizer
+        self.grammars = Grammars(self.tokenizer, self.package.eos_tokens)
+        session = open_session(self.package.graph, settings.threads)
+        shape = cache_shape(session, self.package.kv_heads, self.package.head_dim, 1)
+        self.context, self.budget_tokens = plan_cache(
+            shape.bytes_per_token,
+            self.package.manifest.context_length,
+            settings.max_concurrency,
+            settings.max_context,
+            settings.cache_gib,
+        )
+        shape = cache_shape(session, self.package.kv_heads, self.package.head_dim, self.context)
+        self.model = Model(session, KeyValueCache(shape, settings.max_concurrency))
+        self.model.warm_up()
+        self.scheduler = Scheduler(self.model, self.budget_tokens, settings.queue_size)
+        self.metrics = Metrics(self.scheduler)
+        self.scheduler.start()
+
+    def close(self) -> None:
+        self.scheduler.close(self.settings.drain_seconds)
+
+    async def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        if len(text) < LONG_TEXT:
+            return self.tokenizer.encode(text, add_special_tokens)
+        return await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens)
+
+    def check_tokens(self, prompt: Sequence[int], max_tokens: int | None, param: str) -> int:
+        """How many tokens may be generated after ``prompt``. Raises ``ApiError`` if it doesn't fit."""
+        if not prompt:
+            raise bad_request("the prompt is empty: give at least one token", param)
+        if min(prompt) < 0 or max(prompt) >= self.model.vocabulary:
+            raise bad_request(f"token ids must be 0 to {self.model.vocabulary - 1}", param)
+        room = self.context - len(prompt)
+        if room < (1 if max_tokens is None else min(max_tokens, 1)):
+            raise bad_request(
+                f"the prompt has {len(prompt)} tokens and the context is {self.context}: shorten it",
+                param,
+                "context_length_exceeded",
+            )
+        return room if max_tokens is None else min(max_tokens, room)
+
+    def deadline(self) -> float:
+        return time.monotonic() + self.settings.request_timeout_seconds
+
+    def start(self, requests: Sequence[GenerationRequest], grammar: str | None = None) -> Generation:
+        """Queue sequences. Raises ``ApiError`` when the queue is full or the grammar can't be."""
+        events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+
+        def sink_of(index: int):  # type: ignore[no-untyped-def]
+            return lambda event: loop.call_soon_threadsafe(events.put_nowait, (index, event))
+
+        states = [
+            SequenceState(
+                request,
+                self.tokenizer,
+                sink_of(index),
+                self.grammars.constraint(grammar) if grammar else None,
+            )
+            for index, request in enumerate(requests)
+        ]
+        self.scheduler.submit(states)
+        return Generation(self, states, events)
+
+
+class Generation:
+    """Sequences that run for one request."""
+
+    def __init__(
+        self, service: Service, states: list[SequenceState], events: asyncio.Queue[tuple[int, Event]]
+    ) -> None:
+        self._service = service
+        self._states = states
+        self._events = events
+
+    async def stream(self) -> AsyncIterator[tuple[int, Piece | Finished]]:
+        """Events by sequence until all have finished. Raises ``ApiError``; stops the work when left."""
+        remaining = len(self._states)
+        try:
+            while remaining:
+                index, event = await self._events.get()
+                if isinstance(event, ApiError):
+                    raise event
+                if isinstance(event, Finished):
+                    remaining -= 1
+                    self._service.metrics.observe(self._states[index])
+                yield index, event
+        finally:
+            if remaining:
+                self.cancel()
+
+    async def complete(self) -> list[Completion]:
+        """All sequences, finished."""
+        completions = [Completion() for _ in self._states]
+        async for index, event in self.stream():
+            if isinstance(event, Finished):
+                completions[index].finished = event
+                completions[index].prompt_logprobs = self._states[index].prompt_logprobs
+            else:
+                completions[index].text += event.text
+                completions[index].tokens.extend(event.tokens)
+        return completions
+
+    def cancel(self) -> None:
+        self._service.scheduler.cancel(self._states)

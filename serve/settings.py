@@ -1,0 +1,62 @@
+"""How to serve: what the flags of ``python -m serve`` mean, as one value."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from compressor.errors import InputError
+
+
+def usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Raises ``InputError`` for values that cannot be meant."""
+
+    package: Path
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key: str | None = None
+    insecure: bool = False
+    threads: int = field(default_factory=usable_cores)
+    max_concurrency: int = 8
+    queue_size: int = 64
+    max_context: int | None = None
+    cache_gib: float | None = None
+    request_timeout_seconds: float = 600.0
+    drain_seconds: float = 30.0
+    max_body_bytes: int = 4 << 20
+    cors_origins: tuple[str, ...] = ()
+    log_prompts: bool = False
+    model_name: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("threads", "max_concurrency", "max_body_bytes"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name.replace('_', '-')} must be 1 or more, not {getattr(self, name)}")
+        if not 0 <= self.port <= 65535:
+            raise InputError(f"--port must be 0 to 65535, not {self.port}")
+        if self.queue_size < 0:
+            raise InputError(f"--queue-size must be 0 or more, not {self.queue_size}")
+        if self.max_context is not None and self.max_context < 2:
+            raise InputError(f"--max-context must be 2 or more, not {self.max_context}")
+        if self.cache_gib is not None and self.cache_gib <= 0:
+            raise InputError(f"--cache-gib must be positive, not {self.cache_gib}")
+        if not (self.api_key or self.insecure or is_loopback(self.host)):
+            raise InputError(
+                f"serving on {self.host} lets others in: give --api-key KEY (or EDGE_API_KEY), or --insecure"
+            )
+
+
+def is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
