@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compressor.errors import InputError
+from compressor.evaluation.racing import Raced, run_race
 from compressor.evaluation.score import Items, Score
 
 if TYPE_CHECKING:
@@ -69,11 +70,31 @@ class AgreementText:
 
         ``limit`` bounds the number of sequences. The interval takes sequences as the sampling unit.
         """
+        return self._items(self._shares(predict, self.rows(split, limit)), split).score()
+
+    def race(
+        self,
+        predict: Predict,
+        rivals: Sequence[bytes],
+        split: Split = "search",
+        limit: int | None = None,
+        alpha: float = 0.05,
+    ) -> Raced:
+        """Score, but stop once a rival agrees more at the error rate ``alpha``; see ``racing``.
+
+        ``rivals`` are ``Score.items`` of sub-networks that are no worse in every other objective.
+        """
         rows = self.rows(split, limit)
-        top = _in_batches(predict, self.ids[rows])
-        agreed = top[:, self.skip :] == self.reference[rows]
-        counts = np.full(len(rows), agreed.shape[1], np.int64)
-        return Items(agreed.mean(axis=1), (f"agreement:{split}",), counts=counts).score()
+        if not rivals:
+            return Raced(self.score(predict, split, limit), None, len(rows), len(rows))
+        shares = np.full(len(rows), np.nan)
+
+        def evaluate(rung: int, items: Tokens) -> NDArray[np.float64]:
+            del rung
+            shares[items] = self._shares(predict, rows[items])
+            return shares[items]
+
+        return run_race(evaluate, lambda: self._items(shares, split), rivals, self.seed, alpha)
 
     def rows(self, split: Split, limit: int | None = None) -> NDArray[np.intp]:
         """Row numbers of a split: even rows for the search, odd rows for the report."""
@@ -90,6 +111,16 @@ class AgreementText:
         digest = hashlib.sha256(np.ascontiguousarray(self.ids, "<i8").tobytes())
         digest.update(np.ascontiguousarray(self.reference, "<i4").tobytes())
         return digest.hexdigest()[:12]
+
+    def _shares(self, predict: Predict, rows: NDArray[np.intp]) -> NDArray[np.float64]:
+        """Share of each row's scored positions where ``predict`` chooses the reference token."""
+        top = _in_batches(predict, self.ids[rows])
+        shares: NDArray[np.float64] = (top[:, self.skip :] == self.reference[rows]).mean(axis=1)
+        return shares
+
+    def _items(self, shares: NDArray[np.float64], split: Split) -> Items:
+        counts = np.full(len(shares), self.reference.shape[1], np.int64)
+        return Items(shares, (f"agreement:{split}",), counts=counts)
 
     def save(self, path: Path) -> None:
         """Write an npz file, whole or not at all."""

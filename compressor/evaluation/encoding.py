@@ -88,15 +88,13 @@ class Encoder:
         return Encoded(kept, min(scored_count, len(kept) - 1), len(kept) < len(whole))
 
     def _tokens(self, texts: Sequence[str]) -> list[list[int]]:
-        if not texts:
-            return []
-        special = {} if not self._starts_with_bos(texts) else {"add_special_tokens": False}
-        encoded: list[list[int]] = self.tokenizer(list(texts), **special)["input_ids"]
+        """Token ids of each text; special tokens are added except where the text brings its own."""
+        mark = self.tokenizer.decode([self.prefix_token])
+        marked = [bool(mark) and text.startswith(mark) for text in texts]
+        encoded: list[list[int]] = self.tokenizer(list(texts))["input_ids"] if texts else []
+        for i in (i for i, has_mark in enumerate(marked) if has_mark):
+            encoded[i] = self.tokenizer.encode(texts[i], add_special_tokens=False)
         return encoded
-
-    def _starts_with_bos(self, texts: Sequence[str]) -> bool:
-        bos = self.tokenizer.bos_token
-        return isinstance(bos, str) and bool(bos) and all(text.startswith(bos) for text in texts)
 
 
 def max_length_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from compressor.evaluation.tasks import LoadedTask, check_names, load_tasks
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from compressor.evaluation.racing import Raced
     from compressor.evaluation.scorer import Likelihoods, Logits, Plan
 
 
@@ -55,6 +56,29 @@ class TaskEvaluator:
         prepared = self.prepare(split)
         return prepared.score(score_plan(prepared.plan(), model))
 
+    def race(
+        self, model: PreTrainedModel, rivals: Sequence[bytes], split: Split = "search", alpha: float = 0.05
+    ) -> Raced:
+        """Score a model, but stop once a rival is more accurate at the stated error rate ``alpha``.
+
+        ``rivals`` are ``Score.items`` of sub-networks that are no worse in every other objective. With
+        none, this is a full evaluation.
+        """
+        from compressor.evaluation.racing import Raced, run_race
+        from compressor.evaluation.scorer import score_plan
+
+        prepared = self.prepare(split)
+        if not rivals:
+            return Raced(self.score(model, split), None, prepared.num_items, prepared.num_items)
+        found: list[tuple[Prepared, Likelihoods]] = []
+
+        def evaluate(rung: int, items: NDArray[np.int64]) -> NDArray[np.floating[Any]]:
+            part = prepared.part(rung, items)
+            found.append((part, score_plan(part.plan(), model)))
+            return part.items(found[-1][1]).values
+
+        return run_race(evaluate, lambda: prepared.joined(found), rivals, self.seed, alpha)
+
     def score_logits(self, logits: Logits, split: Split = "report") -> Score:
         """Accuracy of an engine that gives float32 logits [T, V] for int64[T]: the artefact itself."""
         from compressor.evaluation.scorer import score_by_logits
@@ -89,7 +113,9 @@ class Prepared:
     starts: NDArray[np.int64]
     strata: NDArray[np.int64]
     golds: NDArray[np.int64]
+    indices: NDArray[np.int64] | None = None
     _plan: Plan | None = None
+    _parts: dict[int, Prepared] = field(default_factory=dict)
 
     @property
     def num_items(self) -> int:
@@ -110,6 +136,32 @@ class Prepared:
     def score(self, likelihoods: Likelihoods) -> Score:
         """Accuracy over tasks, with per-item results behind it."""
         return self.items(likelihoods).score()
+
+    def part(self, rung: int, items: NDArray[np.int64]) -> Prepared:
+        """Some of the items, with a plan of their own that is made once a rung."""
+        if rung not in self._parts:
+            counts = np.diff(self.starts)[items]
+            encoded = [e for i in items for e in self.encoded[self.starts[i] : self.starts[i + 1]]]
+            self._parts[rung] = Prepared(
+                self.tasks,
+                [self.docs[i] for i in items],
+                encoded,
+                np.concatenate([[0], np.cumsum(counts)]),
+                self.strata[items],
+                self.golds[items],
+                items,
+            )
+        return self._parts[rung]
+
+    def joined(self, parts: Sequence[tuple[Prepared, Likelihoods]]) -> Items:
+        """Results of all items from those of disjoint parts."""
+        values = np.empty(len(self.encoded))
+        greedy = np.empty(len(self.encoded), np.bool_)
+        for part, likelihoods in parts:
+            assert part.indices is not None
+            where = np.concatenate([np.arange(self.starts[i], self.starts[i + 1]) for i in part.indices])
+            values[where], greedy[where] = likelihoods.values, likelihoods.greedy
+        return self.items(type(parts[0][1])(values, greedy))
 
     def items(self, likelihoods: Likelihoods) -> Items:
         """Per-item results of all items."""

@@ -142,12 +142,13 @@ def interval(value: float, stderr: float, n: int) -> tuple[float, float]:
     """95% Wilson interval of a proportion whose standard error is known to be ``stderr``.
 
     The effective number of items is what would give that standard error under independence; at 0
-    and 1, where the standard error vanishes, it is ``n``, the number of independent items.
+    and 1, where that tells nothing, it is ``n``, the number of independent items.
     """
-    effective = value * (1 - value) / stderr**2 if stderr > 1e-9 else float(n)
+    variance = value * (1 - value)
+    effective = variance / stderr**2 if stderr > 1e-9 and variance > 0 else float(n)
     z2 = CONFIDENCE_Z**2
     centre = (value + z2 / (2 * effective)) / (1 + z2 / effective)
-    spread = math.sqrt(value * (1 - value) / effective + z2 / (4 * effective**2))
+    spread = math.sqrt(variance / effective + z2 / (4 * effective**2))
     half = CONFIDENCE_Z / (1 + z2 / effective) * spread
     return min(value, max(0.0, centre - half)), max(value, min(1.0, centre + half))
 
