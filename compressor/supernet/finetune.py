@@ -24,6 +24,7 @@ from compressor.errors import TrainingError
 from compressor.events import Listener, LossReported, StageProgress, ignore
 from compressor.space import SearchSpace, SubNetwork
 from compressor.supernet.checkpoint import load_checkpoint, remove_checkpoint, save_checkpoint
+from compressor.supernet.data import Examples
 from compressor.supernet.elastic import Elastic
 from compressor.supernet.losses import IGNORED, cross_entropy, distillation
 from compressor.supernet.optimizer import MasterAdamW, warmup_cosine
@@ -34,19 +35,6 @@ if TYPE_CHECKING:
 
 STAGE = "supernet"
 CurveListener = Callable[[str, int, float], None]
-
-
-@dataclass(frozen=True)
-class Examples:
-    """Token ids (examples, length) and labels of the same shape; ``IGNORED`` labels do not count."""
-
-    ids: Tensor
-    labels: Tensor
-
-    @classmethod
-    def of_text(cls, ids: Tensor) -> Examples:
-        """Every token counts."""
-        return cls(ids, ids)
 
 
 @dataclass(frozen=True)

@@ -41,12 +41,14 @@ def rank(
     batches: Sequence[Tensor],
     neurons: NeuronMetric = "activation",
     layers: LayerMetric = "block-influence",
+    drops: int | None = None,
 ) -> Importance:
     """Rank on token ids (batch, length); the model is left as it was.
 
     Neurons by mean |activation| × norm of their column of the down projection, by the norm alone
     (``magnitude``), or by |gradient × activation| (``taylor``). Layers by block influence
     1 − cos(input, output) (ShortGPT, arXiv 2403.03853), by the loss without each one, or greedily.
+    ``drops`` is how many layers the greedy search drops (the space's deepest cut).
     ``paper`` keeps the model's own order: the first neurons, the first layers.
     """
     count = len(model.model.layers)
@@ -70,7 +72,7 @@ def rank(
     elif layers == "leave-one-out":
         drop_order = leave_one_out_order(model, batches)
     else:
-        drop_order = greedy_order(model, batches)
+        drop_order = greedy_order(model, batches, drops)
     return Importance(orders, drop_order, f"{neurons}+{layers}")
 
 
