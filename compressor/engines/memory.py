@@ -1,8 +1,9 @@
 """How much memory serving takes, computed from shapes alone before anything is built.
 
-ONNX Runtime keeps, beside the weights themselves, one fp32 sum a block of every matrix that
-MatMulNBits packs (``_PACKING_BYTES`` a block); the embedding is read in place. Activations are the
-widest moment of a layer over all prompt tokens at once, in fp32.
+What ONNX Runtime 1.32 holds, read from a process's memory map and checked in tests: every matrix
+packed anew, with one fp32 sum a block; the embedding a second time, in place in the mapped file; the
+rotary tables; and for its arena about ``_ARENA_SLACK`` times the widest moment of a layer, over all
+prompt tokens at once. What Python and ONNX Runtime's own code take is not counted.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ from compressor.space import (
 )
 
 _PACKING_BYTES = 4
+_ARENA_SLACK = 1.2
+_SESSION_BYTES = 20 * 2**20
+"""The graph, kernels and threads of a session, and the least that its arena takes."""
 
 
 def required_memory_bytes(
@@ -32,7 +36,7 @@ def required_memory_bytes(
     element = 4 if quantized else int(BYTES_PER_ELEMENT[numerics])
     weights = weight_bytes(shape, subnet, numerics)
     if quantized:
-        weights += rope_bytes(shape) + _packing_bytes(shape, subnet)
+        weights += rope_bytes(shape) + _packing_bytes(shape, subnet) + _embedding_bytes(shape, numerics)
     tokens = workload.prompt_tokens + workload.output_tokens
     cache = kv_cache_bytes(shape, subnet, tokens, workload.concurrency, element)
     return MemoryEstimate(weights, cache, _activation_bytes(shape, subnet, workload, element))
@@ -73,12 +77,20 @@ def _packing_bytes(shape: ModelShape, subnet: SubNetwork) -> int:
     return sum(n * -(-k // QUANT_BLOCK) for n, k in matrices) * _PACKING_BYTES
 
 
+def _embedding_bytes(shape: ModelShape, numerics: Numerics) -> int:
+    """The tied embedding, read in place beside its packed twin, the head; 0 where it is no twin."""
+    if not shape.tie_word_embeddings:
+        return 0
+    bits = 4 if numerics == "int4" else 8
+    return shape.vocab_size * shape.hidden_size // QUANT_BLOCK * (QUANT_BLOCK * bits // 8 + 4)
+
+
 def _activation_bytes(shape: ModelShape, subnet: SubNetwork, workload: Workload, element: int) -> int:
-    width = max(subnet.widths, default=0)
-    attention = 2 * shape.q_size + 2 * shape.kv_size
-    per_token = 3 * shape.hidden_size + max(4 * width, attention)
+    attention = 2 * (shape.q_size + 2 * shape.kv_size)
+    per_token = 4 * shape.hidden_size + 6 * max(subnet.widths, default=0) + attention
     tokens = workload.prompt_tokens * workload.concurrency
-    return element * (tokens * per_token + workload.concurrency * shape.vocab_size)
+    logits = 2 * workload.concurrency * shape.vocab_size
+    return _SESSION_BYTES + int(_ARENA_SLACK * element * (tokens * per_token + logits))
 
 
 def _status_bytes(field: str) -> int:

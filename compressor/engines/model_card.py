@@ -22,7 +22,7 @@ def model_card(manifest: Manifest) -> str:
         f"# {manifest.name}\n",
         f"A sub-network of {manifest.base_model}: {len(architecture.layers)} layers, MLP widths "
         f"{min(widths)} to {max(widths)}, {manifest.parameters / 1e6:.1f}M parameters, {size:.1f} MB of "
-        f"weights in {manifest.numerics.upper()}, for {manifest.engine}. Searched and packaged by edge-compressor "
+        f"weights in {manifest.numerics.upper()}, for {manifest.engine}. Made by edge-compressor "
         f"(method: LLaMA-NAS, arXiv 2405.18377).\n",
     ]
     if manifest.accuracy:

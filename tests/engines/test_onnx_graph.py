@@ -6,14 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.conftest import make_tiny_model
-from tests.engines.reference import cut, logits, quantized
 
 from compressor.engines.onnx_export import export
 from compressor.engines.onnx_graph import FP32_ACTIVATIONS, build_graph
 from compressor.engines.onnx_session import Decoder, open_session, prefill_logits
 from compressor.engines.onnx_store import Export
 from compressor.space import SubNetwork
+from tests.conftest import make_tiny_model
+from tests.engines.reference import cut, logits, quantized
 
 IDS = np.random.default_rng(0).integers(0, 512, (2, 24))
 

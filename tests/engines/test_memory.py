@@ -1,0 +1,81 @@
+"""What memory serving takes: the computed figure against the process's own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from compressor.engines.memory import package_bytes, required_memory_bytes, rope_bytes
+from compressor.engines.onnx_export import export
+from compressor.profile import Workload
+from compressor.space import ModelShape, SubNetwork, weight_bytes
+
+STARTER = ModelShape(576, 1536, 30, 9, 3, 64, 49152, tie_word_embeddings=True, max_position_embeddings=8192)
+FULL = SubNetwork(tuple(range(30)), (1536,) * 30)
+SHORT = Workload(prompt_tokens=128, output_tokens=32)
+
+MEASURE = """
+import json, sys
+from pathlib import Path
+from compressor.engines.memory import peak_bytes, required_memory_bytes, resident_bytes
+from compressor.engines.onnxruntime import OnnxRuntimeEngine
+from compressor.profile import Workload
+from compressor.space import SubNetwork
+
+folder, layers, width, prompt, output, concurrency = Path(sys.argv[1]), *map(int, sys.argv[2:])
+engine = OnnxRuntimeEngine(folder, threads=2)
+subnet = SubNetwork(tuple(range(layers)), (width,) * layers)
+workload = Workload(prompt_tokens=prompt, output_tokens=output, concurrency=concurrency)
+before = resident_bytes()
+runner = engine.runner(engine.build(subnet), workload)
+runner.prefill()
+for _ in range(output - 1):
+    runner.step()
+estimate = required_memory_bytes(engine.export.shape, subnet, workload)
+print(json.dumps([peak_bytes() - before, estimate.total]))
+"""
+
+
+def test_the_parts_add_up() -> None:
+    estimate = required_memory_bytes(STARTER, FULL, SHORT)
+    assert estimate.total == estimate.weights + estimate.kv_cache + estimate.activations
+    assert estimate.kv_cache == 2 * 30 * 192 * 160 * 4
+
+
+def test_more_of_anything_takes_more() -> None:
+    base = required_memory_bytes(STARTER, FULL, SHORT).total
+    longer = SHORT.model_copy(update={"prompt_tokens": 256})
+    wider = SHORT.model_copy(update={"concurrency": 2})
+    half = SubNetwork(FULL.layers, (768,) * 30)
+    assert required_memory_bytes(STARTER, FULL, longer).total > base
+    assert required_memory_bytes(STARTER, FULL, wider).total > base
+    assert required_memory_bytes(STARTER, half, SHORT).total < base
+    assert required_memory_bytes(STARTER, FULL, SHORT, "int4").total < base
+
+
+def test_a_package_is_its_weights_and_its_rotary_tables() -> None:
+    assert rope_bytes(STARTER) == 2 * 8192 * 32 * 4
+    assert package_bytes(STARTER, FULL) == weight_bytes(STARTER, FULL, "int8") + rope_bytes(STARTER)
+
+
+@pytest.fixture(scope="module")
+def starter_export(starter: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export(starter, tmp_path_factory.mktemp("memory") / "export").folder
+
+
+@pytest.mark.parametrize(
+    ("layers", "width", "prompt", "output", "concurrency"), [(30, 1536, 128, 16, 1), (20, 768, 256, 8, 2)]
+)
+def test_the_estimate_is_within_a_tenth_of_the_measured_peak(
+    starter_export: Path, layers: int, width: int, prompt: int, output: int, concurrency: int
+) -> None:
+    arguments = [str(starter_export), *map(str, (layers, width, prompt, output, concurrency))]
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, *arguments], check=True, capture_output=True, text=True
+    )
+    measured, estimated = json.loads(done.stdout)
+    assert estimated == pytest.approx(measured, rel=0.1)
