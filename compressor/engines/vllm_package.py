@@ -1,0 +1,209 @@
+"""The vLLM package of a sub-network: its own widths with our plugin, or padded for stock vLLM.
+
+INT8 is compressed-tensors' W8A8: INT8 weights with a scale for each output channel, activations
+quantized for each token as they come. Written straight from the super-network's files, one tensor in
+memory at a time.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib.metadata
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from compressor import __version__
+from compressor.engines.vllm_weights import FLOAT_TYPES, Source, VllmNumerics, plan_tensors, write_tensors
+from compressor.errors import InputError, PackageError, RunConflictError, UnfitMachineError
+from compressor.manifest import Architecture, Manifest, record_files, write_manifest
+from compressor.space import SubNetwork
+
+ELASTIC = {
+    "llama": "ElasticLlamaForCausalLM",
+    "mistral": "ElasticMistralForCausalLM",
+    "qwen2": "ElasticQwen2ForCausalLM",
+    "qwen3": "ElasticQwen3ForCausalLM",
+}
+"""The plugin's architecture for each family; ``serve.vllm_plugin`` registers them."""
+
+WEIGHTS_NAME = "model.safetensors"
+COMPANIONS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+"""Files of the super-network's folder that a package carries unchanged, where present."""
+
+_FOREIGN = ("auto_map", "per_layer_config", "quantization_config", "torch_dtype", "transformers_version")
+
+
+def write_package(
+    supernet: Path,
+    subnet: SubNetwork,
+    folder: Path,
+    fields: Mapping[str, Any],
+    *,
+    numerics: str = "int8",
+    portable: bool = False,
+) -> Manifest:
+    """Write the package of a sub-network of the super-network in folder ``supernet``.
+
+    ``fields`` go to the manifest (``name`` and ``base_model`` at least). ``numerics`` is ``int8``,
+    ``bf16`` or ``fp32``. ``portable`` zero-pads every MLP to the widest one, so that vLLM serves the
+    package without our plugin, at more bytes and less speed. The folder is complete or absent.
+
+    Raises ``InputError`` for numerics vLLM cannot serve or a damaged super-network,
+    ``RunConflictError`` if the folder exists, ``UnfitMachineError`` if the disk fills.
+    """
+    _check_numerics(subnet, numerics)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RunConflictError(f"{folder} exists already: name another folder, or remove it")
+    scratch = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    scratch.mkdir(parents=True)
+    try:
+        manifest = _fill(supernet, subnet, scratch, fields, cast(VllmNumerics, numerics), portable)
+        scratch.replace(folder)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise UnfitMachineError(f"the disk is full at {folder.parent}: free space and run again") from None
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return manifest
+
+
+def package_config(
+    base: Mapping[str, Any], subnet: SubNetwork, numerics: VllmNumerics, portable: bool = False
+) -> dict[str, Any]:
+    """The package's ``config.json`` from the super-network's.
+
+    Raises ``InputError`` for a model that is not of a family in ``ELASTIC``.
+    """
+    family = str(base.get("model_type"))
+    if family not in ELASTIC:
+        raise InputError(f"vLLM packages are made of {', '.join(ELASTIC)} models, not of '{family}'")
+    config = {name: value for name, value in base.items() if name not in _FOREIGN}
+    config |= {
+        "num_hidden_layers": subnet.depth,
+        "intermediate_size": max(subnet.widths),
+        "dtype": str(FLOAT_TYPES[numerics]).removeprefix("torch."),
+    }
+    if config.get("layer_types"):
+        config["layer_types"] = [config["layer_types"][layer] for layer in subnet.layers]
+    if "max_window_layers" in config:
+        config["max_window_layers"] = sum(layer < config["max_window_layers"] for layer in subnet.layers)
+    if not portable and len(set(subnet.widths)) > 1:
+        config |= {"architectures": [ELASTIC[family]], "intermediate_sizes": list(subnet.widths)}
+    if numerics == "int8":
+        config["quantization_config"] = quantization_config()
+    return config
+
+
+def quantization_config() -> dict[str, Any]:
+    """W8A8 as compressed-tensors declares it.
+
+    Activations are asymmetric: on a CPU with AMX that takes vLLM to oneDNN's kernel, whose error was a
+    third of the other's, and oneDNN is what every other CPU runs in any case.
+    """
+    weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
+    activations = {"num_bits": 8, "type": "int", "symmetric": False, "strategy": "token", "dynamic": True}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "quantization_status": "compressed",
+        "ignore": ["lm_head"],
+        "kv_cache_scheme": None,
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": weights,
+                "input_activations": activations,
+                "output_activations": None,
+            }
+        },
+    }
+
+
+def _check_numerics(subnet: SubNetwork, numerics: str) -> None:
+    if numerics not in FLOAT_TYPES:
+        raise InputError(f"vLLM packages come in {', '.join(FLOAT_TYPES)}, not in '{numerics}'")
+    if numerics == "int8" and set(subnet.bits) != {8}:
+        raise InputError(
+            "this sub-network has layers of 4 bits, which only ONNX Runtime packages hold: "
+            "choose --engine onnxruntime, or search with 8 bits alone"
+        )
+
+
+def _fill(
+    supernet: Path,
+    subnet: SubNetwork,
+    folder: Path,
+    fields: Mapping[str, Any],
+    numerics: VllmNumerics,
+    portable: bool,
+) -> Manifest:
+    base = _read_config(supernet)
+    config = package_config(base, subnet, numerics, portable)
+    tied = bool(base.get("tie_word_embeddings"))
+    source = Source(supernet)
+    entries = plan_tensors(source, subnet, numerics, tied, max(subnet.widths) if portable else 0)
+    path = folder / WEIGHTS_NAME
+    predicted = write_tensors(entries, path)
+    if path.stat().st_size != predicted:
+        raise PackageError(f"{path} has {path.stat().st_size} bytes instead of {predicted}: try again")
+    text = json.dumps(config, indent=2) + "\n"
+    (folder / "config.json").write_text(text, encoding="utf-8")
+    for name in COMPANIONS:
+        if (supernet / name).is_file():
+            shutil.copyfile(supernet / name, folder / name)
+    unpadded = plan_tensors(source, subnet, "fp32", tied)
+    manifest = Manifest.model_validate(
+        {
+            "name": base.get("_name_or_path") or supernet.name,
+            "base_model": supernet.name,
+            "created_by": _versions(),
+            "context_length": int(base["max_position_embeddings"]),
+        }
+        | dict(fields)
+        | {
+            "engine": "vllm",
+            "numerics": numerics,
+            "architecture": Architecture(**subnet.to_dict()),
+            "parameters": sum(entry.elements for entry in unpadded),
+            "weight_bytes": sum(entry.nbytes for entry in entries),
+            "files": record_files(folder),
+        }
+    )
+    write_manifest(folder, manifest)
+    return manifest
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    try:
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{folder} holds no model (no config.json): name a super-network's folder") from None
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise InputError(f"{path} is not readable JSON: copy the model folder again") from None
+    return config
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "edge-compressor": __version__,
+        "torch": torch.__version__,
+        "safetensors": importlib.metadata.version("safetensors"),
+    }

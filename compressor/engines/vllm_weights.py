@@ -1,0 +1,189 @@
+"""The tensors of a vLLM package: slices of the super-network, quantized, streamed to one file.
+
+INT8 is compressed-tensors' W8A8: symmetric integers, one fp32 scale for each output channel.
+Format: https://github.com/huggingface/safetensors and https://github.com/vllm-project/compressed-tensors
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from compressor.errors import InputError
+from compressor.space import SubNetwork
+
+VllmNumerics = Literal["int8", "bf16", "fp32"]
+
+FLOAT_TYPES: dict[str, torch.dtype] = {"int8": torch.bfloat16, "bf16": torch.bfloat16, "fp32": torch.float32}
+"""What stays in floating point under each numerics: embeddings, norms, biases."""
+
+_NAMES = {torch.int8: "I8", torch.bfloat16: "BF16", torch.float32: "F32"}
+_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
+_WIDE_ROWS = ("mlp.gate_proj.", "mlp.up_proj.")
+_WIDE_COLUMNS = "mlp.down_proj.weight"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor to be written. ``make`` computes it; its shape and dtype are known before."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    make: Callable[[], Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return self.elements * self.dtype.itemsize
+
+    @property
+    def elements(self) -> int:
+        return int(torch.Size(self.shape).numel())
+
+
+class Source:
+    """The tensors of a Hugging Face folder, read one at a time from its safetensors files."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises ``InputError`` for a folder without weights or with a damaged file."""
+        self._files: dict[str, Any] = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            try:
+                stream: Any = safe_open(path, framework="pt")
+            except Exception as error:
+                raise InputError(f"{path} is damaged ({error}): copy the model folder again") from None
+            self._files.update(dict.fromkeys(stream.keys(), stream))
+        if not self._files:
+            raise InputError(f"{folder} holds no weights (*.safetensors): copy the model folder again")
+
+    def names(self) -> list[str]:
+        return sorted(self._files)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._files[name].get_slice(name).get_shape())
+
+    def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """The leading part of a tensor, of the given shape."""
+        part = self._files[name].get_slice(name)
+        tensor: Tensor = part[: shape[0]] if len(shape) == 1 else part[: shape[0], : shape[1]]
+        return tensor
+
+
+def plan_tensors(
+    source: Source, subnet: SubNetwork, numerics: VllmNumerics, tied: bool, pad_to: int = 0
+) -> list[Entry]:
+    """The package's tensors in the order they are written, none of them read yet.
+
+    ``tied``: the head is the embedding and is not written. ``pad_to``: zero-pad every MLP to this
+    width. Raises ``InputError`` if the sub-network does not fit the source.
+    """
+    position = {layer: new for new, layer in enumerate(subnet.layers)}
+    present = {int(found[1]) for name in source.names() if (found := _LAYER.fullmatch(name))}
+    if missing := sorted(set(subnet.layers) - present):
+        raise InputError(f"the super-network has no weights of layer {missing[0]}: copy it again")
+    entries = []
+    for name in source.names():
+        found = _LAYER.fullmatch(name)
+        if found is None:
+            if not (tied and name == "lm_head.weight"):
+                entries.append(_plain(source, name, name, source.shape(name), FLOAT_TYPES[numerics]))
+        elif (layer := int(found[1])) in position:
+            new = position[layer]
+            width = subnet.widths[new]
+            entries += _of_layer(
+                source, name, f"model.layers.{new}.{found[2]}", width, max(width, pad_to), numerics
+            )
+    return sorted(entries, key=lambda entry: (-entry.dtype.itemsize, entry.name))
+
+
+def write_tensors(entries: Sequence[Entry], path: Path) -> int:
+    """Compute and write one tensor after the other as a safetensors file; returns its bytes.
+
+    Holds one tensor at a time. Entries are ordered by descending element size, so that all are aligned.
+    """
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for entry in entries:
+        end = offset + entry.nbytes
+        header[entry.name] = {
+            "dtype": _NAMES[entry.dtype],
+            "shape": list(entry.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for entry in entries:
+            stream.write(_raw(entry))
+    return 8 + len(text) + offset
+
+
+def channel_scales(weight: Tensor) -> Tensor:
+    """The scale of each output channel of a matrix [N, K]: fp32 [N, 1], 1 for a row of zeros."""
+    scales = weight.float().abs().amax(dim=1, keepdim=True) / 127
+    return torch.where(scales == 0, torch.ones_like(scales), scales)
+
+
+def quantize_channels(weight: Tensor) -> Tensor:
+    """A matrix [N, K] as int8 multiples of ``channel_scales``."""
+    return (weight.float() / channel_scales(weight)).round_().clamp_(-127, 127).to(torch.int8)
+
+
+def _of_layer(
+    source: Source, name: str, target: str, width: int, padded: int, numerics: VllmNumerics
+) -> list[Entry]:
+    """A decoder layer's tensor: sliced to ``width`` neurons, padded with zeros, quantized if a matrix."""
+    shape = source.shape(name)
+    rest = target.split(".", 3)[3]
+    kept, full = shape, shape
+    if rest.startswith(_WIDE_ROWS):
+        kept, full = (width, *shape[1:]), (padded, *shape[1:])
+    elif rest == _WIDE_COLUMNS:
+        kept, full = (shape[0], width), (shape[0], padded)
+    if any(part > whole for part, whole in zip(kept, shape, strict=True)):
+        raise InputError(f"the super-network's {name} has shape {shape}, too small for a width of {width}")
+    if numerics != "int8" or len(shape) == 1:
+        return [_plain(source, name, target, kept, FLOAT_TYPES[numerics], full)]
+
+    def matrix() -> Tensor:
+        return _padded(source.read(name, kept), full)
+
+    return [
+        Entry(target, torch.int8, full, lambda: quantize_channels(matrix())),
+        Entry(f"{target}_scale", torch.float32, (full[0], 1), lambda: channel_scales(matrix())),
+    ]
+
+
+def _plain(
+    source: Source,
+    name: str,
+    target: str,
+    kept: tuple[int, ...],
+    dtype: torch.dtype,
+    full: tuple[int, ...] | None = None,
+) -> Entry:
+    shape = full or kept
+    return Entry(target, dtype, shape, lambda: _padded(source.read(name, kept), shape).to(dtype))
+
+
+def _padded(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    if tuple(tensor.shape) == shape:
+        return tensor
+    padding = [size for old, new in zip(tensor.shape, shape, strict=True) for size in (new - old, 0)]
+    return torch.nn.functional.pad(tensor, padding[::-1])
+
+
+def _raw(entry: Entry) -> bytes:
+    tensor = entry.make().contiguous()
+    assert tensor.dtype == entry.dtype and tuple(tensor.shape) == entry.shape, entry.name
+    return tensor.flatten().view(torch.uint8).numpy().tobytes()

