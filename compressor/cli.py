@@ -132,7 +132,7 @@ def run_pipeline(asked: dict[str, Any], run: Path | None, resume: bool) -> None:
     console = Console()
     path, request = understand(asked, run, resume)
     with terminal_listener(console) as listener:
-        from compressor.pipeline import execute
+        from compressor.pipeline.run import execute
 
         verdict = execute(path, request, listener)
     verdict.print(console)
@@ -234,7 +234,7 @@ def ask(
 @app.command()
 def report(run: RunArgument) -> None:
     """Print a run's table and write its page, report/index.html."""
-    from compressor.pipeline import write_report
+    from compressor.pipeline.run import write_report
 
     write_report(run).print(Console())
 
@@ -247,7 +247,7 @@ def replan(
     tpot_budget: Annotated[float | None, typer.Option(help="Time per output token, ms.")] = None,
 ) -> None:
     """Pick the winner again under other budgets, from what was evaluated; evaluates nothing."""
-    from compressor.pipeline import replan as pick_again
+    from compressor.pipeline.replanning import replan as pick_again
 
     choice = pick_again(run, memory_gib=memory_budget, ttft_ms=ttft_budget, tpot_ms=tpot_budget)
     choice.print(Console())

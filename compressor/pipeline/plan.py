@@ -11,7 +11,8 @@ import numpy as np
 
 from compressor import device, models
 from compressor.device import Machine
-from compressor.engines.memory import MemoryEstimate, required_memory_bytes
+from compressor.engines.base import MemoryEstimate
+from compressor.engines.memory import required_memory_bytes
 from compressor.errors import InfeasibleError, UnfitMachineError
 from compressor.models import ModelSource
 from compressor.profile import Profile
@@ -61,7 +62,7 @@ def make_plan(request: RunRequest, machine: Machine, parent: Path = Path()) -> P
     space = profile_space(shape, profile)
     full = required_memory_bytes(shape, space.full, profile.workload, profile.numerics)
     smallest = required_memory_bytes(shape, space.smallest, profile.workload, profile.numerics)
-    check_memory_budget(profile, full, smallest)
+    check_memory_budget(profile, smallest)
     peak = parameter_count(shape, space.full) * TRAINING_BYTES_PER_PARAMETER
     disk = parameter_count(shape, space.full) * EXPORT_BYTES_PER_PARAMETER
     check_disk(parent, disk)
@@ -88,16 +89,17 @@ def profile_space(shape: ModelShape, profile: Profile, drop_order: tuple[int, ..
     )
 
 
-def check_memory_budget(profile: Profile, full: MemoryEstimate, smallest: MemoryEstimate) -> None:
+def check_memory_budget(profile: Profile, smallest: MemoryEstimate) -> None:
     """Raise ``InfeasibleError`` if even the smallest sub-network needs more than the budget."""
     limit = profile.budgets.memory_bytes
     if smallest.total <= limit:
         return
+    excess = (smallest.total - limit) / 2**20
     raise InfeasibleError(
         f"no sub-network meets the memory budget of {profile.budgets.memory_gib:g} GiB: the smallest of the "
-        f"search space needs {smallest.total / 2**30:.3f} GiB, {(smallest.total - limit) / 2**20:.0f} MiB more. "
-        f"Raise --memory-budget to at least {_round_up(smallest.total / 2**30)}, or give the profile smaller "
-        "depth_fractions or width_fractions"
+        f"search space needs {smallest.total / 2**30:.3f} GiB, {excess:.1f} MiB more. Raise --memory-budget to "
+        f"at least {_round_up(smallest.total / 2**30)}, or give the profile smaller depth_fractions or "
+        "width_fractions"
     )
 
 
@@ -116,12 +118,12 @@ def plan_warnings(profile: Profile, machine: Machine, full: MemoryEstimate, peak
     found = []
     if full.total <= profile.budgets.memory_bytes:
         found.append(
-            "the unpruned model meets the memory budget already; the search only looks for a smaller or faster one"
+            "the unpruned model meets the memory budget already: the search looks for a smaller or faster one"
         )
     if peak > machine.memory_available_bytes:
         found.append(
-            f"fine-tuning wants about {peak / 2**30:.1f} GiB and {machine.memory_available_bytes / 2**30:.1f} GiB "
-            "are free: close other programs, or expect it to be slow"
+            f"fine-tuning wants about {peak / 2**30:.1f} GiB of memory and "
+            f"{machine.memory_available_bytes / 2**30:.1f} GiB are free: close other programs"
         )
     return found
 

@@ -1,0 +1,129 @@
+"""Evaluating one sub-network: its accuracy and its measured speed, each paid for once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from compressor.engines.memory import required_memory_bytes
+from compressor.errors import CompressorError
+from compressor.evaluation.score import Score
+from compressor.ledger import Key, Ledger, Row
+from compressor.measurement import Measurement
+from compressor.profile import Workload
+from compressor.search.problem import Outcome
+from compressor.space import ModelShape, Numerics, SubNetwork, weight_bytes
+
+MEASURE = "measure"
+
+ScoreFunction = Callable[[SubNetwork], Score]
+BenchFunction = Callable[[SubNetwork], Measurement]
+
+
+@dataclass(frozen=True)
+class Terms:
+    """On what terms a search evaluates: which weights, task, numerics, device, engine and workload."""
+
+    shape: ModelShape
+    weights: str
+    task_key: str
+    score_numerics: Numerics
+    numerics: Numerics
+    device: str
+    engine: str
+    workload: Workload
+
+    def accuracy_key(self, subnet: SubNetwork) -> Key:
+        return Key(subnet.digest, self.weights, self.task_key, self.score_numerics)
+
+    def speed_key(self, subnet: SubNetwork) -> Key:
+        return Key(
+            subnet.digest, self.weights, MEASURE, self.numerics, self.device, self.engine, self.workload.label
+        )
+
+    def memory_bytes(self, subnet: SubNetwork) -> int:
+        """Bytes that serving the workload takes."""
+        return required_memory_bytes(self.shape, subnet, self.workload, self.numerics).total
+
+    def outcome(self, subnet: SubNetwork, rows: tuple[Row, ...]) -> Outcome:
+        """The figures of both rows and those that are computed."""
+        values = {
+            "weight_bytes": float(weight_bytes(self.shape, subnet, self.numerics)),
+            "memory_bytes": float(self.memory_bytes(subnet)),
+        }
+        for row in rows:
+            values.update(row.metrics)
+        failed = any(row.status == "failed" for row in rows)
+        return Outcome(subnet, values, "failed" if failed else "ok")
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(replace(self, workload=None)), "workload": self.workload.model_dump()}  # type: ignore[arg-type]
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Terms:
+        shape, workload = ModelShape(**data["shape"]), Workload(**data["workload"])
+        return cls(**{**data, "shape": shape, "workload": workload})
+
+
+def known_outcomes(ledger: Ledger, terms: Terms) -> list[Outcome]:
+    """Every sub-network that the ledger knows accuracy and speed of, in the order they were paid for."""
+    measured = ledger.rows(
+        weights=terms.weights,
+        task=MEASURE,
+        numerics=terms.numerics,
+        device=terms.device,
+        engine=terms.engine,
+        workload=terms.workload.label,
+    )
+    scored = {
+        row.key.subnet: row
+        for row in ledger.rows(
+            weights=terms.weights, task=terms.task_key, numerics=terms.score_numerics, engine=""
+        )
+    }
+    return [
+        terms.outcome(row.subnet, (row, scored[row.key.subnet]))
+        for row in measured
+        if row.key.subnet in scored
+    ]
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Scores and measures sub-networks through the ledger; ``score`` and ``bench`` do the work."""
+
+    ledger: Ledger
+    terms: Terms
+    score: ScoreFunction
+    bench: BenchFunction
+
+    def __call__(self, subnet: SubNetwork) -> Outcome:
+        """The outcome, from the ledger or by paying for what it lacks. A failure is recorded, not raised."""
+        return self.terms.outcome(
+            subnet,
+            (
+                self._row(self.terms.speed_key(subnet), subnet, self._measured),
+                self._row(self.terms.accuracy_key(subnet), subnet, self._scored),
+            ),
+        )
+
+    def _row(self, key: Key, subnet: SubNetwork, pay: Callable[[Key, SubNetwork], Row]) -> Row:
+        known = self.ledger.get(key)
+        if known is not None:
+            return known
+        began = time.monotonic()
+        try:
+            row = pay(key, subnet)
+        except (CompressorError, RuntimeError, MemoryError) as error:
+            row = Row(key, subnet, {}, "failed", {"error": f"{type(error).__name__}: {error}"})
+        return self.ledger.put(replace(row, cost_s=time.monotonic() - began))
+
+    def _scored(self, key: Key, subnet: SubNetwork) -> Row:
+        score = self.score(subnet)
+        return Row(key, subnet, score.metrics(), items=score.items)
+
+    def _measured(self, key: Key, subnet: SubNetwork) -> Row:
+        measured = self.bench(subnet)
+        return Row(key, subnet, measured.metrics(), details=dict(measured.conditions))

@@ -1,0 +1,176 @@
+"""From a base model to a tuned super-network and the exports that candidates are slices of."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from compressor import models
+from compressor.engines.onnx_export import export
+from compressor.evaluation.agreement import AgreementText, torch_predict
+from compressor.events import StageProgress
+from compressor.models import LoadedModel
+from compressor.pipeline.accuracy import mixed_rows
+from compressor.pipeline.context import Context, Result, run_stage
+from compressor.pipeline.plan import Plan
+from compressor.runfolder import replace_folder
+from compressor.space import SearchSpace
+from compressor.supernet.elastic import Elastic
+from compressor.supernet.finetune import Examples, FinetuneConfig, discard_checkpoint, finetune
+from compressor.supernet.folder import SupernetInfo, read_info, save_supernet, weights_hash
+from compressor.supernet.importance import rank, sort_neurons
+from compressor.supernet.sampling import sample_text
+
+CALIBRATION_SEQUENCES = 32
+BASE_BITS = (4, 8)
+
+
+def prepare(context: Context, plan: Plan) -> tuple[SupernetInfo, SearchSpace]:
+    """Do, or find done, everything before the search; the super-network and its search space."""
+    base = _base_stage(context, plan)
+    text = _text_stage(context, base)
+    inputs = {
+        "text": text,
+        "space": context.request.profile.space.model_dump(),
+        "effort": [context.request.effort.tuning_steps, context.request.effort.tuning_minutes],
+        "train_data": context.request.train_data,
+        "seed": context.request.seed,
+    }
+    run_stage(
+        context,
+        "supernet",
+        "Tuning the super-network",
+        inputs,
+        lambda: _tune(context, plan),
+        context.request.effort.tuning_steps,
+    )
+    info = read_info(context.folder.supernet)
+    space = SearchSpace(plan.shape, plan.space.depths, plan.space.widths, info.drop_order, plan.space.bits)
+    _export_stage(context, info, space)
+    return info, space
+
+
+def load_base(context: Context) -> LoadedModel:
+    """The unpruned model from the run's own copy."""
+    return models.load(models.resolve(str(context.folder.base)))
+
+
+def _base_stage(context: Context, plan: Plan) -> Result:
+    def fill(path: Path) -> None:
+        models.to_folder(plan.source, path)
+
+    def work() -> Result:
+        replace_folder(context.folder.base, fill)
+        return {"weights": weights_hash(context.folder.base)}
+
+    return run_stage(context, "base", "Loading the model", asdict(plan.source), work)
+
+
+def _text_stage(context: Context, base: Result) -> Result:
+    """Text that the unpruned model writes: to calibrate and tune on, and other text to score on."""
+    effort = context.request.effort
+    inputs = {
+        "base": base,
+        "sequences": [effort.text_sequences, effort.score_sequences, effort.sequence_length],
+        "seed": context.request.seed,
+    }
+    total = (effort.text_sequences + effort.score_sequences) * effort.sequence_length
+
+    def progress(done: int, total: int) -> None:
+        context.listener(StageProgress("text", done, total))
+
+    def work() -> Result:
+        loaded = load_base(context)
+        sequences = effort.text_sequences + effort.score_sequences
+        ids = sample_text(
+            loaded.model,
+            loaded.tokenizer,
+            sequences,
+            effort.sequence_length,
+            context.request.seed,
+            progress,
+        ).numpy()
+        scored = ids[effort.text_sequences :][mixed_rows(effort.score_sequences)]
+        text = AgreementText.build(scored, torch_predict(loaded.model), context.request.seed)
+        text.save(context.folder.text)
+        np.savez_compressed(_training_text(context), ids=ids[: effort.text_sequences].astype(np.int32))
+        return {"digest": text.digest}
+
+    return run_stage(context, "text", "Writing text with the unpruned model", inputs, work, total, "tokens")
+
+
+def _tune(context: Context, plan: Plan) -> Result:
+    effort, seed = context.request.effort, context.request.seed
+    loaded = load_base(context)
+    with np.load(_training_text(context)) as data:
+        text = torch.from_numpy(data["ids"].astype(np.int64))
+    context.say("ranking neurons and layers on text of the unpruned model")
+    calibration = text[:CALIBRATION_SEQUENCES]
+    importance = rank(
+        loaded.model, [calibration[i : i + 8] for i in range(0, len(calibration), 8)], layers="greedy"
+    )
+    sort_neurons(loaded.model, importance)
+    space = SearchSpace(
+        plan.shape, plan.space.depths, plan.space.widths, importance.drop_order, plan.space.bits
+    )
+    data_free = not context.request.train_data
+    config = FinetuneConfig(
+        steps=effort.tuning_steps,
+        minutes=effort.tuning_minutes,
+        loss="distill" if data_free else "cross-entropy",
+        seed=seed,
+    )
+    result = finetune(
+        Elastic(loaded.model),
+        space,
+        text if data_free else _examples(context, loaded),
+        config,
+        context.listener,
+        context.ledger.record_curve,
+        context.folder.checkpoints,
+    )
+
+    def save(path: Path) -> None:
+        path.mkdir(parents=True)
+        save_supernet(loaded.model, loaded.tokenizer, importance.drop_order, importance.ordering, path)
+
+    replace_folder(context.folder.supernet, save)
+    discard_checkpoint(context.folder.checkpoints)
+    return {"weights": read_info(context.folder.supernet).weights_hash, **asdict(result)}
+
+
+def _examples(context: Context, loaded: LoadedModel) -> Examples:
+    from compressor.supernet.data import load_training_data
+
+    return load_training_data(
+        context.request.train_data, loaded.tokenizer, context.request.effort.sequence_length
+    )
+
+
+def _export_stage(context: Context, info: SupernetInfo, space: SearchSpace) -> None:
+    inputs = {"supernet": info.weights_hash, "bits": list(space.bits), "widths": list(space.widths)}
+
+    def work() -> Result:
+        shutil.rmtree(context.folder.engine, ignore_errors=True)
+        made = export(context.folder.supernet, supernet_export(context), space.bits, context.listener)
+        made.prepare(space.widths)
+        export(context.folder.base, base_export(context), BASE_BITS, context.listener)
+        return {}
+
+    run_stage(context, "export", "Quantizing for ONNX Runtime", inputs, work)
+
+
+def supernet_export(context: Context) -> Path:
+    return context.folder.engine / "supernet"
+
+
+def base_export(context: Context) -> Path:
+    return context.folder.engine / "base"
+
+
+def _training_text(context: Context) -> Path:
+    return context.folder.path / "training-text.npz"

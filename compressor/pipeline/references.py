@@ -1,0 +1,87 @@
+"""The unpruned model as a user would otherwise pick it: bf16 in PyTorch, INT8 and INT4 in the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from compressor.engines.onnxruntime import OnnxRuntimeEngine
+from compressor.engines.pytorch import bench_pytorch
+from compressor.evaluation.score import Score
+from compressor.ledger import Key, Row
+from compressor.models import LoadedModel
+from compressor.pipeline.accuracy import AccuracyTask
+from compressor.pipeline.candidates import MEASURE
+from compressor.pipeline.context import Context
+from compressor.space import Numerics, SubNetwork
+
+QUANTIZED: tuple[Numerics, ...] = ("int8", "int4")
+PYTORCH = "torch"
+
+
+@dataclass(frozen=True)
+class ReferenceSet:
+    """Measures and scores the unpruned model; ``weights`` is the base model's hash."""
+
+    context: Context
+    task: AccuracyTask
+    full: SubNetwork
+    weights: str
+    bench_seconds: float
+
+    def speed_key(self, numerics: Numerics) -> Key:
+        engine = PYTORCH if numerics == "bf16" else OnnxRuntimeEngine.name
+        workload = self.context.request.profile.workload.label
+        return Key(
+            self.full.digest,
+            self.weights,
+            MEASURE,
+            numerics,
+            self.context.machine.cpu_label,
+            engine,
+            workload,
+        )
+
+    def score_key(self, numerics: Numerics, split: str) -> Key:
+        engine = PYTORCH if numerics == "bf16" else OnnxRuntimeEngine.name
+        return Key(self.full.digest, self.weights, self.task.key(split), numerics, engine=engine)
+
+    def pay(self, engine: OnnxRuntimeEngine, base: LoadedModel) -> Iterator[str]:
+        """Fill the ledger with what it lacks, yielding what is done; cheap when all is there."""
+        for numerics in ("bf16", *QUANTIZED):
+            yield f"unpruned in {numerics}"
+            if numerics == "bf16":
+                self._measure_pytorch(base)
+            else:
+                self._measure_engine(engine, numerics)
+
+    def _measure_pytorch(self, base: LoadedModel) -> None:
+        ledger, workload = self.context.ledger, self.context.request.profile.workload
+        if ledger.get(self.speed_key("bf16")) is None:
+            measured = bench_pytorch(base.model, workload, max_seconds=self.bench_seconds)
+            ledger.put(
+                Row(self.speed_key("bf16"), self.full, measured.metrics(), details=dict(measured.conditions))
+            )
+        for split in self.task.splits:
+            if ledger.get(self.score_key("bf16", split)) is None:
+                self._keep("bf16", split, self.task.score_model(base.model, split))
+
+    def _measure_engine(self, engine: OnnxRuntimeEngine, numerics: Numerics) -> None:
+        ledger, workload = self.context.ledger, self.context.request.profile.workload
+        missing = [s for s in self.task.splits if ledger.get(self.score_key(numerics, s)) is None]
+        measured = ledger.get(self.speed_key(numerics)) is not None
+        if measured and not missing:
+            return
+        candidate = engine.build(self.full, numerics)
+        if not measured:
+            speed = engine.bench(candidate, workload, max_seconds=self.bench_seconds)
+            ledger.put(
+                Row(self.speed_key(numerics), self.full, speed.metrics(), details=dict(speed.conditions))
+            )
+        for split in missing:
+            self._keep(numerics, split, self.task.score_engine(engine, candidate, split))
+
+    def _keep(self, numerics: Numerics, split: str, score: Score) -> None:
+        self.context.ledger.put(
+            Row(self.score_key(numerics, split), self.full, score.metrics(), items=score.items)
+        )

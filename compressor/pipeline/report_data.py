@@ -1,0 +1,178 @@
+"""Fills in what the report shows from the ledger, the plan and the winner."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+
+from compressor.ledger import Row
+from compressor.measurement import Measurement
+from compressor.pipeline.accuracy import AccuracyTask
+from compressor.pipeline.context import Context
+from compressor.pipeline.plan import Plan
+from compressor.pipeline.references import QUANTIZED, ReferenceSet
+from compressor.pipeline.replanning import GIB, budget_limits
+from compressor.pipeline.winner import Finalist
+from compressor.report import data as report
+from compressor.search.front import pareto_front
+from compressor.search.problem import Outcome, Problem
+from compressor.space import Numerics, parameter_count, weight_bytes
+
+REFERENCE_NAMES = {"bf16": "unpruned, bf16 in PyTorch", "int8": "unpruned, INT8", "int4": "unpruned, INT4"}
+
+
+def collect(
+    context: Context,
+    plan: Plan,
+    problem: Problem,
+    task: AccuracyTask,
+    outcomes: Sequence[Outcome],
+    references: ReferenceSet,
+    finalist: Finalist | None,
+    notes: Sequence[str] = (),
+) -> report.ReportData:
+    """Everything the report, the table and the wizard show of a run."""
+    profile = context.request.profile
+    workload = profile.workload
+    spare = plan.full_memory.total - plan.full_weight_bytes
+    return report.ReportData(
+        model=plan.source.name,
+        profile=profile.name,
+        device=context.machine.cpu_label,
+        engine=profile.engine,
+        numerics=profile.numerics,
+        task=task.name,
+        workload=report.Workload(workload.prompt_tokens, workload.output_tokens, workload.concurrency),
+        num_layers=plan.shape.num_layers,
+        intermediate_size=plan.shape.intermediate_size,
+        candidates=_candidates(problem, outcomes),
+        references=tuple(_references(context, plan, references)),
+        winner=_winner(plan, problem, task, references, finalist) if finalist else None,
+        budgets=_budgets(context, finalist),
+        weight_budget_bytes=max(0, profile.budgets.memory_bytes - spare),
+        loss_curves={name: tuple(context.ledger.curve(name)) for name in ("super", "sub")},
+        conditions=_conditions(finalist),
+        next_commands=_next_commands(context, finalist),
+        notes=tuple(notes),
+    )
+
+
+def _candidates(problem: Problem, outcomes: Sequence[Outcome]) -> tuple[report.Candidate, ...]:
+    front = {o.subnet for o in pareto_front(problem, outcomes)}
+    return tuple(
+        report.Candidate(
+            subnet=o.subnet,
+            weight_bytes=int(o.values["weight_bytes"]),
+            accuracy=_score(o.values) if "accuracy" in o.values else None,
+            speed=_speed(Measurement.from_metrics(o.values)) if "ttft_ms" in o.values else None,
+            status=o.status if o.status == "failed" or problem.meets_limits(o) else "infeasible",
+            on_front=o.subnet in front,
+        )
+        for o in outcomes
+    )
+
+
+def _references(context: Context, plan: Plan, references: ReferenceSet) -> list[report.Reference]:
+    found = []
+    numerics: Numerics
+    for numerics in ("bf16", *QUANTIZED):
+        speed = context.ledger.get(references.speed_key(numerics))
+        scores = {s: context.ledger.get(references.score_key(numerics, s)) for s in references.task.splits}
+        if speed is None:
+            continue
+        found.append(
+            report.Reference(
+                name=REFERENCE_NAMES[numerics],
+                numerics=numerics,
+                weight_bytes=weight_bytes(plan.shape, references.full, numerics),
+                accuracy=_row_score(scores["report"]),
+                search_accuracy=_row_score(scores["search"]),
+                speed=_speed(Measurement.from_metrics(speed.metrics)),
+            )
+        )
+    return found
+
+
+def _winner(
+    plan: Plan, problem: Problem, task: AccuracyTask, references: ReferenceSet, finalist: Finalist
+) -> report.Winner:
+    accuracy = _row_score(finalist.report_score)
+    assert accuracy is not None
+    return report.Winner(
+        subnet=finalist.subnet,
+        weight_bytes=int(problem.exact["weight_bytes"](finalist.subnet)),
+        accuracy=accuracy,
+        speed=_speed(finalist.speed),
+        search_accuracy=_row_score(finalist.search_score),
+        parameters=parameter_count(plan.shape, finalist.subnet),
+        tests=_paired_tests(task, references, finalist),
+    )
+
+
+def _paired_tests(
+    task: AccuracyTask, references: ReferenceSet, finalist: Finalist
+) -> tuple[report.PairedTest, ...]:
+    """The winner against the unpruned model in the same numerics, on the same unseen items."""
+    rival = references.context.ledger.get(references.score_key("int8", "report"))
+    ours = finalist.report_score
+    if rival is None or rival.items is None or ours.items is None:
+        return ()
+    test = task.paired(ours.items, rival.items)
+    return (report.PairedTest(REFERENCE_NAMES["int8"], test.p_value, test.gained, test.lost),)
+
+
+def _budgets(context: Context, finalist: Finalist | None) -> tuple[report.Budget, ...]:
+    limits = budget_limits(context.request.profile)
+    figures = finalist.outcome.values if finalist else {}
+    rows = []
+    for name, shown, scale in (
+        ("memory_bytes", "memory_gib", GIB),
+        ("ttft_ms", "ttft_ms", 1),
+        ("tpot_ms", "tpot_ms", 1),
+    ):
+        measured = figures.get(name)
+        met = measured is not None and measured <= limits[name]
+        rows.append(
+            report.Budget(
+                shown,  # type: ignore[arg-type]
+                limits[name] / scale,
+                None if measured is None else measured / scale,
+                met,
+            )
+        )
+    return tuple(rows)
+
+
+def _conditions(finalist: Finalist | None) -> dict[str, str]:
+    return {name: str(value) for name, value in finalist.speed.conditions.items()} if finalist else {}
+
+
+def _next_commands(context: Context, finalist: Finalist | None) -> tuple[tuple[str, str], ...]:
+    run = shlex.quote(str(context.folder.path))
+    report_line = ("read the report", f"compress report {run}")
+    if finalist is None:
+        return (report_line,)
+    package = shlex.quote(str(context.folder.package))
+    return (
+        ("serve it", f"compress serve {package}"),
+        ("ask it something", f'compress ask {package} "What is the capital of France?"'),
+        report_line,
+    )
+
+
+def _score(values: object) -> report.Score:
+    metrics: dict[str, float] = dict(values)  # type: ignore[call-overload]
+    return report.Score(
+        metrics["accuracy"],
+        metrics.get("accuracy_low"),
+        metrics.get("accuracy_high"),
+        int(metrics.get("accuracy_items", 0)),
+    )
+
+
+def _row_score(row: Row | None) -> report.Score | None:
+    return None if row is None or "accuracy" not in row.metrics else _score(row.metrics)
+
+
+def _speed(measured: Measurement) -> report.Speed:
+    return report.Speed(measured.ttft_ms, measured.tpot_ms, measured.throughput_tok_s)

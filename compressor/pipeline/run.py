@@ -1,0 +1,217 @@
+"""A run from its request to its verdict, and what can be asked of it afterwards."""
+
+from __future__ import annotations
+
+import time
+from functools import cached_property
+from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from compressor import device
+from compressor.engines import verify_package
+from compressor.engines.onnxruntime import OnnxRuntimeEngine
+from compressor.errors import InputError, RunConflictError, UnfitMachineError
+from compressor.evaluation.agreement import AgreementText
+from compressor.evaluation.score import Score
+from compressor.events import Listener, RunFinished, StageFinished, StageProgress, StageStarted
+from compressor.ledger import open_ledger
+from compressor.measurement import Measurement
+from compressor.pipeline.accuracy import AccuracyTask, check_tasks, make_accuracy_task
+from compressor.pipeline.candidates import Evaluator, Terms
+from compressor.pipeline.context import Context, Result, logged, run_stage
+from compressor.pipeline.deliver import package
+from compressor.pipeline.plan import Plan, make_plan
+from compressor.pipeline.prepare import base_export, load_base, prepare, supernet_export
+from compressor.pipeline.references import ReferenceSet
+from compressor.pipeline.report_data import collect
+from compressor.pipeline.searching import make_problem, search
+from compressor.pipeline.verdict import Verdict
+from compressor.pipeline.winner import FINAL_SECONDS_FACTOR, Finalist, decide
+from compressor.report.data import ReportData
+from compressor.report.html import report as write_page
+from compressor.request import RunRequest
+from compressor.runfolder import RunFolder, write_json
+from compressor.search.problem import Outcome, Problem
+from compressor.space import SearchSpace, SubNetwork
+from compressor.supernet.elastic import Elastic
+from compressor.supernet.folder import SupernetInfo, load_supernet
+
+
+class Workshop:
+    """What evaluating in this run needs, loaded when first used."""
+
+    def __init__(self, context: Context, plan: Plan, info: SupernetInfo, space: SearchSpace) -> None:
+        self.context = context
+        self.plan = plan
+        self.info = info
+        self.space = space
+        self.text = AgreementText.load(context.folder.text)
+
+    @cached_property
+    def supernet(self) -> Elastic:
+        model, _, _ = load_supernet(self.context.folder.supernet)
+        return Elastic(model)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return AutoTokenizer.from_pretrained(self.context.folder.supernet)
+
+    @cached_property
+    def engine(self) -> OnnxRuntimeEngine:
+        return OnnxRuntimeEngine(supernet_export(self.context), self.context.request.threads)
+
+    @cached_property
+    def task(self) -> AccuracyTask:
+        length = self.plan.shape.max_position_embeddings
+        return make_accuracy_task(self.context.request, self.text, self.tokenizer, length)
+
+    @cached_property
+    def terms(self) -> Terms:
+        profile = self.context.request.profile
+        return Terms(
+            shape=self.plan.shape,
+            weights=self.info.weights_hash,
+            task_key=self.task.key("search"),
+            score_numerics="bf16",
+            numerics=profile.numerics,
+            device=self.context.machine.cpu_label,
+            engine=profile.engine,
+            workload=profile.workload,
+        )
+
+    @property
+    def evaluator(self) -> Evaluator:
+        return Evaluator(self.context.ledger, self.terms, self._score, self._bench)
+
+    @property
+    def problem(self) -> Problem:
+        return make_problem(self.context.request.profile, self.space, self.terms)
+
+    @property
+    def references(self) -> ReferenceSet:
+        seconds = FINAL_SECONDS_FACTOR * self.context.request.effort.bench_seconds
+        base = str(self.context.folder.result("base")["weights"])
+        return ReferenceSet(self.context, self.task, self.space.full, base, seconds)
+
+    def _score(self, subnet: SubNetwork) -> Score:
+        with self.supernet.activated(subnet) as model:
+            return self.task.score_model(model, "search")
+
+    def _bench(self, subnet: SubNetwork) -> Measurement:
+        request = self.context.request
+        candidate = self.engine.build(subnet, request.profile.numerics)
+        return self.engine.bench(
+            candidate, request.profile.workload, max_seconds=request.effort.bench_seconds
+        )
+
+
+def execute(path: Path, request: RunRequest, listener: Listener) -> Verdict:
+    """Do the run, or what is left of it. Raises ``CompressorError``; what was paid for is kept."""
+    machine = device.detect()
+    check_engine(request)
+    check_tasks(request)
+    plan = make_plan(request, machine, path)
+    folder = RunFolder.create_or_update(path, request.model_dump(mode="json"))
+    with folder.locked(), open_ledger(folder.ledger) as ledger, logged(listener, folder.events) as logging:
+        context = Context(folder, request, ledger, machine, logging)
+        for warning in plan.warnings:
+            context.warn(warning)
+        info, space = prepare(context, plan)
+        workshop = Workshop(context, plan, info, space)
+        _pay_references(workshop)
+        outcomes = _search(workshop)
+        finalist = _package(workshop, outcomes)
+        data = collect(
+            context, plan, workshop.problem, workshop.task, outcomes, workshop.references, finalist
+        )
+        verdict = Verdict(folder.path, data)
+        _report(context, verdict)
+        logging(RunFinished(str(folder.path), verdict.to_dict()))
+    return verdict
+
+
+def check_engine(request: RunRequest) -> None:
+    """Raise ``UnfitMachineError`` where the profile's engine cannot measure on this machine yet."""
+    if request.profile.engine != "onnxruntime":
+        raise UnfitMachineError(
+            f"profile '{request.profile.name}' serves with {request.profile.engine}; runs measure in ONNX "
+            'Runtime only so far: choose a profile with engine = "onnxruntime"'
+        )
+
+
+def _pay_references(workshop: Workshop) -> None:
+    """Measure and score the unpruned model in bf16, INT8 and INT4."""
+    context, references = workshop.context, workshop.references
+    inputs = {
+        "base": references.weights,
+        "task": [workshop.task.key(split) for split in workshop.task.splits],
+        "workload": context.request.profile.workload.model_dump(),
+        "device": context.machine.cpu_label,
+    }
+
+    def work() -> Result:
+        engine = OnnxRuntimeEngine(base_export(context), context.request.threads)
+        for done, name in enumerate(references.pay(engine, load_base(context))):
+            context.listener(StageProgress("references", done, 3, name))
+        return {}
+
+    run_stage(context, "references", "Measuring the unpruned model", inputs, work, 3, "references")
+
+
+def _search(workshop: Workshop) -> list[Outcome]:
+    context = workshop.context
+    budget = context.request.effort.evaluations
+    context.listener(StageStarted("search", "Searching sub-networks", budget, "sub-networks"))
+    began = time.monotonic()
+    outcomes = search(context, workshop.problem, workshop.evaluator)
+    context.folder.mark_done("search", {"evaluations": budget}, {"terms": workshop.terms.to_dict()})
+    context.listener(StageFinished("search", time.monotonic() - began))
+    return outcomes
+
+
+def _package(workshop: Workshop, outcomes: list[Outcome]) -> Finalist:
+    """Choose, measure again, score on unseen items, write and verify the package."""
+    context, plan = workshop.context, workshop.plan
+    context.listener(StageStarted("package", "Packaging the winner"))
+    began = time.monotonic()
+    finalist, _ = decide(context, workshop.terms, workshop.engine, workshop.task, outcomes)
+    inputs = {"subnet": finalist.subnet.digest, "terms": workshop.terms.to_dict()}
+    current = context.folder.is_done("package", inputs) and context.folder.package.is_dir()
+    if not current:
+        divergence = package(context, plan, workshop.engine, workshop.task, finalist, context.folder.package)
+        for line in verify_package(context.folder.package):
+            context.say(line)
+        context.folder.mark_done("package", inputs, {"divergence_nats": divergence})
+    context.listener(StageFinished("package", time.monotonic() - began, skipped=current))
+    return finalist
+
+
+def _report(context: Context, verdict: Verdict) -> None:
+    context.listener(StageStarted("report", "Writing the report"))
+    began = time.monotonic()
+    save_data(context.folder, verdict.data)
+    write_page(verdict.data, context.folder.report)
+    context.listener(StageFinished("report", time.monotonic() - began))
+
+
+def save_data(folder: RunFolder, data: ReportData) -> None:
+    """Write ``front.json``, from which the report can be made again."""
+    write_json(folder.front, TypeAdapter(ReportData).dump_python(data, mode="json"))
+
+
+def write_report(path: Path) -> Verdict:
+    """The report of a finished run, its page written anew."""
+    folder = RunFolder.open_existing(path)
+    if not folder.front.is_file():
+        raise InputError(f"{path} has no result yet: `compress --run {path} --resume` goes on with it")
+    try:
+        data = TypeAdapter(ReportData).validate_json(folder.front.read_bytes())
+    except ValidationError as error:
+        raise RunConflictError(
+            f"{folder.front} is damaged ({error.error_count()} errors): `compress --run {path} --resume` "
+            "writes it again"
+        ) from None
+    write_page(data, folder.report)
+    return Verdict(path, data)

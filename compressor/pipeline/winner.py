@@ -1,0 +1,101 @@
+"""From everything evaluated to the one that ships: picked by rule, measured again, scored on unseen items."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from compressor.engines.onnxruntime import OnnxRuntimeEngine
+from compressor.ledger import Key, Row
+from compressor.measurement import Measurement
+from compressor.pipeline.accuracy import AccuracyTask
+from compressor.pipeline.candidates import Terms
+from compressor.pipeline.context import Context
+from compressor.pipeline.replanning import budget_limits
+from compressor.search.front import Choice, choose_winner
+from compressor.search.problem import Outcome
+from compressor.space import SubNetwork
+
+FINAL_MEASURE = "measure:final"
+FINAL_SECONDS_FACTOR = 4.0
+"""A winner is measured this many times longer than a candidate of the search."""
+
+
+@dataclass(frozen=True)
+class Finalist:
+    """A sub-network measured again and scored, as it ships, on items the search never saw."""
+
+    outcome: Outcome
+    speed: Measurement
+    report_score: Row
+    search_score: Row
+    within_budgets: bool
+
+    @property
+    def subnet(self) -> SubNetwork:
+        return self.outcome.subnet
+
+
+def decide(
+    context: Context,
+    terms: Terms,
+    engine: OnnxRuntimeEngine,
+    task: AccuracyTask,
+    outcomes: Sequence[Outcome],
+) -> tuple[Finalist, Choice]:
+    """The winner by rule. One whose figures break a budget when measured again gives way to the next.
+
+    If nothing meets the budgets the nearest is returned, marked as such.
+    """
+    limits = budget_limits(context.request.profile)
+    current = list(outcomes)
+    while True:
+        choice = choose_winner(current, limits)
+        chosen = choice.nearest
+        speed = _measured_again(context, terms, engine, chosen.subnet)
+        again = replace(chosen, values={**chosen.values, **speed.metrics()})
+        meets = all(again.values[name] <= limit for name, limit in limits.items())
+        if choice.winner is None or meets:
+            return _finalist(context, terms, engine, task, again, speed, meets), choice
+        context.warn(f"{chosen.subnet.digest} breaks a budget when measured again: taking the next best")
+        current = [again if o.subnet == chosen.subnet else o for o in current]
+
+
+def _measured_again(
+    context: Context, terms: Terms, engine: OnnxRuntimeEngine, subnet: SubNetwork
+) -> Measurement:
+    key = replace(terms.speed_key(subnet), task=FINAL_MEASURE)
+    row = context.ledger.get(key)
+    if row is None:
+        candidate = engine.build(subnet, terms.numerics)
+        seconds = FINAL_SECONDS_FACTOR * context.request.effort.bench_seconds
+        speed = engine.bench(candidate, context.request.profile.workload, max_seconds=seconds)
+        row = context.ledger.put(Row(key, subnet, speed.metrics(), details=dict(speed.conditions)))
+    return Measurement.from_metrics(row.metrics, row.details)
+
+
+def _finalist(
+    context: Context,
+    terms: Terms,
+    engine: OnnxRuntimeEngine,
+    task: AccuracyTask,
+    outcome: Outcome,
+    speed: Measurement,
+    within: bool,
+) -> Finalist:
+    rows = {}
+    for split in task.splits:
+        key = Key(
+            outcome.subnet.digest,
+            terms.weights,
+            task.key(split),
+            terms.numerics,
+            engine=terms.engine,
+        )
+        row = context.ledger.get(key)
+        if row is None:
+            candidate = engine.build(outcome.subnet, terms.numerics)
+            score = task.score_engine(engine, candidate, split)
+            row = context.ledger.put(Row(key, outcome.subnet, score.metrics(), items=score.items))
+        rows[split] = row
+    return Finalist(outcome, speed, rows["report"], rows["search"], within)
