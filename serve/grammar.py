@@ -17,6 +17,9 @@ try:
 except ImportError:  # reported when a request first needs it
     llguidance = None
 
+# one layout, so that a weak model can't pad JSON with white space for ever
+LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
 
 class Grammars:
     """Grammars over one tokenizer."""
@@ -33,7 +36,7 @@ class Grammars:
         """A grammar for JSON of this schema. Raises ``ApiError`` for a schema that can't be obeyed."""
         _require_library()
         try:
-            grammar = str(llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema)))
+            grammar = str(llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults=LAYOUT))
         except ValueError as error:
             raise bad_request(f"the JSON schema can't be obeyed: {error}", param) from None
         if problem := llguidance.LLMatcher.validate_grammar(grammar):
@@ -45,7 +48,7 @@ class Grammars:
         _require_library()
         parts = [json.dumps(before)] if before else []
         parts += ["value", *([json.dumps(after)] if after else [])]
-        grammar = f"start: {' '.join(parts)}\nvalue: %json {json.dumps(schema)}\n"
+        grammar = f"start: {' '.join(parts)}\nvalue: %json {json.dumps({'x-guidance': LAYOUT, **schema})}\n"
         try:
             wrapped = str(llguidance.LLMatcher.grammar_from_lark(grammar))
         except ValueError as error:

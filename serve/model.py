@@ -51,7 +51,7 @@ class Model:
         return np.asarray(binding.get_outputs()[-1].numpy()[0], np.float32)
 
     def decode(self, tokens: Sequence[int]) -> Logits:
-        """Append one token to each of the first rows; logits [len(tokens), vocabulary], until the next call."""
+        """Append one token to each of the first rows; logits [len(tokens), vocabulary] until the next."""
         batch = len(tokens)
         if batch not in self._decoders:
             self._decoders[batch] = _Step(self._bind(0, batch), batch, self.vocabulary, self._logits_dtype)

@@ -114,8 +114,12 @@ class Rows:
         return target
 
     def _best_prefix(self, prompt: list[int], rows: range) -> tuple[int, int]:
-        """The longest beginning of the prompt, less its last token, that one of ``rows`` holds; and the row."""
-        limit = prompt[:-1]
+        """The longest beginning of the prompt, less its last two tokens, that a row holds, and the row.
+
+        Two are left because a prefill of one token goes through attention's decoding path, whose rounding
+        differs; of two or more, any split gives the same logits to the last bit.
+        """
+        limit = prompt[:-2]
         return max((common_prefix(self.cache.rows[index].tokens, limit), index) for index in rows)
 
     def _least_useful(self) -> int:

@@ -155,7 +155,10 @@ class Scheduler:
         if not sequence.prefill_begun:
             self._begin_prefill(sequence)
         done = len(self._model.cache.rows[row].tokens)
-        chunk = list(prompt[done : done + self._chunk_tokens(sequence)])
+        size = self._chunk_tokens(sequence)
+        if len(prompt) - done == size + 1 > 2:  # a lone token is rounded differently, see rows.py
+            size += 1
+        chunk = list(prompt[done : done + size])
         began = time.monotonic()
         logits = self._model.prefill(row, chunk)
         self._learn_prefill((time.monotonic() - began) / len(chunk))

@@ -29,6 +29,7 @@ def run(settings: Settings) -> None:
     service = Service(settings)
     app = create_app(settings, service)
     app.router.lifespan_context = _lifespan(service)
+    listener.listen(MAX_CONNECTIONS)
     port = listener.getsockname()[1]
     log.info(
         "%s at http://%s:%d/v1: context %d tokens, %d sequences at once, cache of %d tokens (%d MiB)",

@@ -1,0 +1,116 @@
+"""A tiny random package and a real server process on a loopback port."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import openai
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+MODEL_NAME = "tiny-int8"
+START_SECONDS = 60
+
+
+@dataclass
+class RunningServer:
+    """A server process; ``log`` grows with what it prints."""
+
+    process: subprocess.Popen[str]
+    url: str = ""
+    log: list[str] = field(default_factory=list)
+
+    def client(self, key: str = "unused") -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=120)
+
+    def stop(self) -> int:
+        """Ask it to stop; returns its exit code."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(30)
+
+
+@pytest.fixture(scope="session")
+def tiny_package(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A package of the tiny model, unpruned, in INT8."""
+    from compressor.engines.onnx_export import export
+    from compressor.engines.onnx_package import write_package
+    from compressor.space import SubNetwork
+
+    exported = export(tiny_model_folder, tmp_path_factory.mktemp("serve") / "export")
+    shape = exported.shape
+    whole = SubNetwork(tuple(range(shape.num_layers)), (shape.intermediate_size,) * shape.num_layers)
+    folder = exported.folder.with_name("package")
+    write_package(exported, whole, folder, {"name": MODEL_NAME, "base_model": "tiny"})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def start_server() -> Iterator[Callable[..., RunningServer]]:
+    """Starts servers with flags of the test's choice; all are stopped at the end."""
+    servers: list[RunningServer] = []
+
+    def start(package: Path, *flags: str) -> RunningServer:
+        server = _start(package, flags)
+        servers.append(server)
+        _wait_until_ready(server)
+        return server
+
+    yield start
+    for server in servers:
+        server.stop()
+
+
+@pytest.fixture(scope="session")
+def server(tiny_package: Path, start_server: Callable[..., RunningServer]) -> RunningServer:
+    """One server for all tests that need nothing special."""
+    return start_server(tiny_package, "--max-concurrency", "4")
+
+
+@pytest.fixture
+def client(server: RunningServer) -> openai.OpenAI:
+    return server.client()
+
+
+def _start(package: Path, flags: tuple[str, ...]) -> RunningServer:
+    command = [sys.executable, "-m", "serve", str(package), "--port", "0", "--threads", "1", *flags]
+    process = subprocess.Popen(
+        command,
+        cwd=REPOSITORY,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )
+    server = RunningServer(process)
+    threading.Thread(target=_read_log, args=(server,), daemon=True).start()
+    return server
+
+
+def _read_log(server: RunningServer) -> None:
+    assert server.process.stderr is not None
+    for line in server.process.stderr:
+        server.log.append(line)
+        if " at http://" in line and not server.url:
+            server.url = line.split(" at ")[1].split("/v1")[0]
+
+
+def _wait_until_ready(server: RunningServer) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        if server.process.poll() is not None:
+            raise RuntimeError("the server stopped: " + "".join(server.log))
+        if server.url:
+            with urllib.request.urlopen(f"{server.url}/health", timeout=30) as reply:
+                assert reply.status == 200
+                return
+        time.sleep(0.05)
+    raise RuntimeError("the server did not start: " + "".join(server.log))
