@@ -19,7 +19,9 @@ def main() -> int:
         settings = _settings(_parser().parse_args())
         engine = read_manifest(settings.package).engine
         if engine == "vllm":
-            return _launch_vllm(settings)
+            from serve.vllm_launcher import launch
+
+            return launch(settings)
         from serve.server import run
 
         run(settings)
@@ -27,22 +29,6 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     return 0
-
-
-def _launch_vllm(settings: Settings) -> int:
-    from serve import vllm_launcher
-
-    return vllm_launcher.launch(
-        settings.package,
-        vllm_launcher.Settings(
-            host=settings.host,
-            port=settings.port,
-            api_key=settings.api_key,
-            threads=settings.threads,
-            max_concurrency=settings.max_concurrency,
-            context_tokens=settings.max_context or 0,
-        ),
-    )
 
 
 def _parser() -> argparse.ArgumentParser:
