@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -82,12 +83,13 @@ class Row:
 
 
 class Ledger:
-    """A run's database. Safe to read from other processes while one writes."""
+    """A run's database. Threads may share it; other processes may read while one writes."""
 
     def __init__(self, path: Path | str) -> None:
         """Open or create the database. Raises ``RunConflictError`` for a damaged or alien file."""
         self.path = Path(path)
-        try:
+        self._lock = threading.RLock()
+        with self._using():
             self._db = sqlite3.connect(self.path, timeout=30, check_same_thread=False)
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=FULL")
@@ -100,10 +102,6 @@ class Ledger:
             with self._db:
                 self._db.executescript(_SCHEMA)
                 self._db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
-        except sqlite3.DatabaseError as error:
-            raise RunConflictError(
-                f"{self.path} is not a readable ledger ({error}): restore it or start a new run folder"
-            ) from error
 
     def close(self) -> None:
         self._db.close()
@@ -130,7 +128,7 @@ class Ledger:
             "metrics, details, items, cost_s, created_at"
         )
         marks = ", ".join("?" * len(values))
-        with self._db:
+        with self._using(), self._db:
             self._db.execute(f"INSERT OR IGNORE INTO evaluations ({columns}) VALUES ({marks})", values)
         stored = self.get(row.key)
         assert stored is not None
@@ -142,20 +140,22 @@ class Ledger:
 
     def record_curve(self, curve: str, step: int, value: float) -> None:
         """A point of a training curve; a resumed run overwrites the steps that it repeats."""
-        with self._db:
+        with self._using(), self._db:
             self._db.execute("INSERT OR REPLACE INTO curves VALUES (?, ?, ?)", (curve, step, value))
 
     def curve(self, curve: str) -> list[tuple[int, float]]:
         sql = "SELECT step, value FROM curves WHERE curve = ? ORDER BY step"
-        return list(self._db.execute(sql, (curve,)))
+        with self._using():
+            return list(self._db.execute(sql, (curve,)))
 
     def set_fact(self, name: str, value: object) -> None:
         """A named JSON value that belongs to the whole run (predictor quality, reference points)."""
-        with self._db:
+        with self._using(), self._db:
             self._db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, json.dumps(value)))
 
     def fact(self, name: str) -> object | None:
-        row = self._db.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
+        with self._using():
+            row = self._db.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
         return None if row is None else json.loads(row[0])
 
     def _select(self, **where: str) -> Iterator[Row]:
@@ -167,7 +167,9 @@ class Ledger:
             "SELECT id, subnet, weights, task, numerics, device, engine, workload, architecture, status, "
             f"metrics, details, items, cost_s, created_at FROM evaluations WHERE {clause} ORDER BY id"
         )
-        for record in self._db.execute(sql, tuple(where.values())):
+        with self._using():
+            records = self._db.execute(sql, tuple(where.values())).fetchall()
+        for record in records:
             yield Row(
                 id=record[0],
                 key=Key(*record[1:8]),
@@ -179,6 +181,24 @@ class Ledger:
                 cost_s=record[13],
                 created_at=record[14],
             )
+
+    @contextmanager
+    def _using(self) -> Iterator[None]:
+        """One thread at a time, and SQLite's complaints as an error that names the file and what to do."""
+        try:
+            with self._lock:
+                yield
+        except sqlite3.ProgrammingError:
+            raise
+        except sqlite3.OperationalError as error:
+            raise RunConflictError(
+                f"{self.path} cannot be read or written ({error}): free disk space, check the folder, "
+                "and go on with --resume"
+            ) from error
+        except sqlite3.DatabaseError as error:
+            raise RunConflictError(
+                f"{self.path} is not a readable ledger ({error}): restore it or start a new run folder"
+            ) from error
 
 
 @contextmanager

@@ -3,8 +3,8 @@
 Source: arXiv 2205.10358 and the DyNAS-T code of its authors. Populations of 50; each round fits a ridge
 and an RBF-SVR a value, keeps the one of lower cross-validated error, runs NSGA-II with integer SBX and
 polynomial mutation on the predictions, and evaluates the final population. Two courtesies, so that the
-comparison is about the method: a sub-network seen before is not paid for again, and budgets hold here
-as well. Sizes are exact.
+comparison is about the method: budgets hold here as well, and an evaluation that the published code
+would repeat goes to a random new sub-network instead. Sizes are exact.
 """
 
 from __future__ import annotations
@@ -45,9 +45,10 @@ class PublishedLinas(RoundSearch):
         if len(known) < 10:
             return random_unseen(self.problem, self._table, count, seen, rng)
         final = self._final_population(known, rng)
-        found = {s.digest: s for s in map(self._table.decode, final)}
-        fresh = [s for s in found.values() if s.digest not in seen and self.problem.allows(s)][:count]
-        return fresh or random_unseen(self.problem, self._table, count, seen, rng)
+        distinct = {s.digest: s for s in map(self._table.decode, final)}
+        fresh = [s for s in distinct.values() if s.digest not in seen and self.problem.allows(s)][:count]
+        seen = seen | {s.digest for s in fresh}
+        return [*fresh, *random_unseen(self.problem, self._table, count - len(fresh), seen, rng)]
 
     def _final_population(self, known: list[Outcome], rng: np.random.Generator) -> Genes:
         genes = self._table.encode(o.subnet for o in known)

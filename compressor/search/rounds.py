@@ -68,7 +68,7 @@ class RoundSearch(ABC):
             before = sorted(self.told[:start], key=lambda o: o.subnet.digest)
             count = self._round_start(start, following=True) - start
             rng = np.random.default_rng([self.seed, start])
-            self._plans = {start: self._plan(before, count, rng)}
+            self._plans[start] = self._plan(before, count, rng)
         return self._plans[start]
 
     def _round_start(self, told: int, following: bool = False) -> int:
