@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from compressor.engines.onnx_export import export
 from compressor.engines.onnx_graph import FP32_ACTIVATIONS, build_graph
@@ -26,7 +28,6 @@ SUBNETWORKS = [
 
 FAMILIES = {
     "untied": {"tie_word_embeddings": False},
-    "biased": {"attention_bias": True, "mlp_bias": True},
     "grouped": {"num_key_value_heads": 1},
     "scaled rope": {
         "rope_parameters": {
@@ -71,6 +72,46 @@ def test_variants_of_llama(tmp_path: Path, family: str) -> None:
     subnet = SubNetwork((0, 2), (128, 64))
     reference = quantized(cut(folder, subnet), subnet)
     assert np.abs(fp32_logits(exported, subnet) - logits(reference, IDS)).max() < 1e-3
+
+
+@pytest.mark.parametrize("family", ["biased llama", "mistral", "qwen2", "qwen3"])
+def test_other_families(tiny_model_folder: Path, tmp_path: Path, family: str) -> None:
+    folder = make_relative(tiny_model_folder, tmp_path / "model", family)
+    exported = export(folder, tmp_path / "export")
+    subnet = SubNetwork((0, 2), (128, 64))
+    reference = quantized(cut(folder, subnet), subnet)
+    assert np.abs(fp32_logits(exported, subnet) - logits(reference, IDS)).max() < 1e-3
+
+
+def make_relative(tokenizer: Path, folder: Path, family: str) -> Path:
+    """A tiny model of a family near Llama, every bias and norm random."""
+    shape = {
+        "vocab_size": 512,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.1,
+    }
+    config = {
+        "biased llama": lambda: LlamaConfig(**shape, attention_bias=True, mlp_bias=True),
+        "mistral": lambda: MistralConfig(**shape, sliding_window=8, tie_word_embeddings=False),
+        "qwen2": lambda: Qwen2Config(**{k: v for k, v in shape.items() if k != "head_dim"}),
+        "qwen3": lambda: Qwen3Config(**shape, tie_word_embeddings=True),
+    }[family]()
+    model = AutoModelForCausalLM.from_config(config)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((tokenizer / name).read_bytes())
+    return folder
 
 
 def test_decoding_step_by_step_gives_the_logits_of_one_pass(tiny_export: Export) -> None:
