@@ -121,14 +121,18 @@ class PackedLM(LM):  # type: ignore[misc]
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         del disable_tqdm
-        pairs = tuple(request.args for request in requests)
-        if not pairs:
+        if not requests:
             return []
-        if pairs not in self._plans:
-            self._plans[pairs] = Plan.of(self.encoder.encode(pairs))
-        plan = self._plans[pairs]
+        plan = self.plan_of(requests)
         self.truncated = plan.truncated
         return score_plan(plan, self.model).pairs()
+
+    def plan_of(self, requests: list[Instance]) -> Plan:
+        """The plan of these requests, made the first time."""
+        pairs = tuple(request.args for request in requests)
+        if pairs not in self._plans:
+            self._plans[pairs] = Plan.of(self.encoder.encode(pairs))
+        return self._plans[pairs]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
         del disable_tqdm

@@ -9,9 +9,7 @@ from hypothesis import strategies as st
 from compressor.evaluation.encoding import Encoded
 from compressor.evaluation.packing import Packing, pack
 
-sequences = st.lists(
-    st.lists(st.integers(0, 3), min_size=2, max_size=12).map(tuple), min_size=1, max_size=25
-)
+sequences = st.lists(st.lists(st.integers(0, 3), min_size=2, max_size=12).map(tuple), min_size=1, max_size=25)
 
 
 def read_back(packing: Packing, row: int) -> tuple[int, ...]:
@@ -58,9 +56,7 @@ def test_choices_share_their_context() -> None:
 
 def test_a_few_shot_prefix_is_computed_once() -> None:
     shots = tuple(range(1000, 1600))
-    requests = [
-        Encoded((*shots, *range(item * 50, item * 50 + 40), 3), scored=1) for item in range(10)
-    ]
+    requests = [Encoded((*shots, *range(item * 50, item * 50 + 40), 3), scored=1) for item in range(10)]
     packing = pack(requests)
     assert packing.prefixes == 1
     assert packing.tokens == 600 + 10 * 40

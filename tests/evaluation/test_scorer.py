@@ -29,7 +29,8 @@ from compressor.errors import InputError
 from compressor.evaluation import forward
 from compressor.evaluation.scorer import LogitsLM, PackedLM
 
-WORDS = "the cat sat on a mat while four dogs ran over seven hills and nobody saw them go".split()
+SENTENCE = "the cat sat on a mat while four dogs ran over seven hills and nobody saw them go"
+WORDS = SENTENCE.split(" ")
 
 
 @pytest.fixture(scope="module")
@@ -76,9 +77,7 @@ def assert_same(ours: list[tuple[float, bool]], theirs: list[tuple[float, bool]]
     assert [g for _, g in ours] == [g for _, g in theirs]
 
 
-def test_equals_lm_evals_own_model(
-    model: PreTrainedModel, tokenizer: Any, requests: list[Instance]
-) -> None:
+def test_equals_lm_evals_own_model(model: PreTrainedModel, tokenizer: Any, requests: list[Instance]) -> None:
     assert_same(PackedLM(model, tokenizer).loglikelihood(requests), by_hflm(model, tokenizer, requests))
 
 
