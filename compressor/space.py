@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -304,11 +305,11 @@ def weight_bytes(shape: ModelShape, subnet: SubNetwork, numerics: Numerics) -> i
     total = 4 * shape.hidden_size
     copies = 1 if shape.tie_word_embeddings else 2
     total += copies * _quantized_bytes(shape.vocab_size, shape.hidden_size, embedding_bits)
-    for width, bits in zip(subnet.widths, subnet.bits, strict=True):
+    for (width, bits), layers in Counter(zip(subnet.widths, subnet.bits, strict=True)).items():
         layer_bits = bits if numerics == "int8" else 4
-        for n, k in (*shape.attention_matrices(), *shape.mlp_matrices(width)):
-            total += _quantized_bytes(n, k, layer_bits)
-        total += 4 * shape.layer_vectors(width)
+        matrices = (*shape.attention_matrices(), *shape.mlp_matrices(width))
+        quantized = sum(_quantized_bytes(n, k, layer_bits) for n, k in matrices)
+        total += layers * (quantized + 4 * shape.layer_vectors(width))
     return total
 
 
