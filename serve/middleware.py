@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import json
 import logging
@@ -18,6 +19,7 @@ access_log = logging.getLogger("serve.access")
 
 OPEN_PATHS = ("/", "/health")
 BODY_SECONDS = 60.0
+DISCARD_SECONDS = 5.0
 
 
 class Gate:
@@ -47,6 +49,8 @@ class Gate:
             body = await self._read_body(scope, receive)
             await self._app(scope, _replay(body, receive), watched_send)
         except ApiError as error:
+            if error.status == 413:
+                await _discard(receive)
             await _send_error(error, watched_send)
         finally:
             self._count_reply(status)
@@ -104,6 +108,14 @@ def _replay(body: bytes, receive: Receive) -> Receive:
         return {"type": "http.request", "body": body, "more_body": False}
 
     return replay
+
+
+async def _discard(receive: Receive) -> None:
+    """Read what a client is still sending, for a while: replying earlier would reset the connection."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(DISCARD_SECONDS):
+            while (await receive()).get("more_body", False):
+                pass
 
 
 async def _send_error(error: ApiError, send: Send) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import socket
 import sys
 from collections.abc import AsyncIterator
@@ -49,6 +50,8 @@ def run(settings: Settings) -> None:
         timeout_keep_alive=30,
         timeout_graceful_shutdown=int(settings.drain_seconds) + 5,
     )
+    for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn drains, then raises the signal again
+        signal.signal(number, _leave)
     uvicorn.Server(config).run(sockets=[listener])
 
 
@@ -64,6 +67,10 @@ def _listen(host: str, port: int) -> socket.socket:
             f"cannot listen on {host}:{port} ({error.strerror}): choose another --port"
         ) from None
     return listener
+
+
+def _leave(*_: object) -> None:
+    raise SystemExit(0)
 
 
 def _lifespan(service: Service):  # type: ignore[no-untyped-def]

@@ -1,0 +1,201 @@
+"""Continuous batching changes nothing but the speed."""
+
+from __future__ import annotations
+
+import queue
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from serve.kvcache import CacheShape, KeyValueCache
+from serve.model import Model, cache_shape, open_session
+from serve.package import ServedPackage, open_package
+from serve.rows import Rows
+from serve.sampling import SamplingParams
+from serve.scheduler import Scheduler
+from serve.sequence import Finished, GenerationRequest, Piece, SequenceState
+
+CONTEXT = 512
+GREEDY = SamplingParams(temperature=0)
+
+
+@pytest.fixture(scope="module")
+def package(tiny_package: Path) -> ServedPackage:
+    return open_package(tiny_package)
+
+
+def make_model(package: ServedPackage, rows: int) -> Model:
+    session = open_session(package.graph, threads=1)
+    shape = cache_shape(session, package.kv_heads, package.head_dim, CONTEXT)
+    return Model(session, KeyValueCache(shape, rows))
+
+
+def run_all(package: ServedPackage, rows: int, requests: list[GenerationRequest]) -> list[SequenceState]:
+    """All requests through one scheduler, submitted at once."""
+    scheduler = Scheduler(make_model(package, rows), CONTEXT * rows, queue_limit=len(requests))
+    ends: queue.Queue = queue.Queue()
+    states = [SequenceState(request, package.tokenizer, ends.put) for request in requests]
+    scheduler.submit(states)
+    scheduler.start()
+    while sum(state.finished for state in states) < len(states):
+        event = ends.get(timeout=60)
+        assert isinstance(event, Piece | Finished), event
+    scheduler.close(10)
+    return states
+
+
+def mixed_requests(count: int, seed: int = 0) -> list[GenerationRequest]:
+    """Prompts of 1 to 300 tokens, a third of them with a beginning in common; 1 to 60 tokens out."""
+    chance = random.Random(seed)
+    common = [chance.randrange(3, 500) for _ in range(80)]
+    requests = []
+    for index in range(count):
+        own = [chance.randrange(3, 500) for _ in range(chance.choice([1, 2, 7, 40, 129, 300]))]
+        prompt = common + own[:200] if index % 3 == 0 else own
+        requests.append(GenerationRequest(tuple(prompt), GREEDY, max_tokens=chance.randrange(1, 60)))
+    return requests
+
+
+def test_fifty_mixed_requests_together_equal_each_alone(package):
+    requests = mixed_requests(50)
+    together = run_all(package, 6, requests)
+    alone = [run_all(package, 1, [request])[0] for request in requests]
+    differing = [i for i, (a, b) in enumerate(zip(together, alone, strict=True)) if a.output != b.output]
+    assert differing == []
+    assert any(state.cached_tokens for state in together)
+
+
+def test_decoding_agrees_with_reading_the_whole_text_at_once(package):
+    model = make_model(package, 3)
+    prompt = list(range(10, 40))
+    for row in range(3):
+        model.prefill(row, prompt[: 10 * (row + 1)])
+    for step in range(5):
+        logits = model.decode([100 + step] * 3).copy()
+    for row in range(3):
+        model.cache.drop(row)
+        whole = model.prefill(row, [*prompt[: 10 * (row + 1)], 100, 101, 102, 103, 104])[-1]
+        scale = np.abs(whole).max()
+        np.testing.assert_allclose(logits[row], whole, atol=0.03 * scale)
+
+
+def test_any_split_of_a_prompt_gives_the_same_logits_to_the_last_bit(package):
+    model = make_model(package, 1)
+    ids = [random.Random(1).randrange(500) for _ in range(48)]
+    results = []
+    for size in (48, 24, 7, 2):
+        model.cache.drop(0)
+        for start in range(0, 48, size):
+            end = 48 if 48 - start - size == 1 else start + size
+            if start < 48 and len(model.cache.rows[0].tokens) < 48:
+                logits = model.prefill(0, ids[len(model.cache.rows[0].tokens) : end])[-1]
+        results.append(logits)
+    for other in results[1:]:
+        np.testing.assert_array_equal(results[0], other)
+
+
+def test_scores_of_a_prompt_do_not_depend_on_company(package):
+    scored = GenerationRequest(tuple(range(20, 60)), GREEDY, 1, top_logprobs=0, score_prompt=True)
+    (alone,) = run_all(package, 1, [scored])
+    together = run_all(package, 4, [*mixed_requests(6), scored])[-1]
+    values = [[entry.logprob for entry in state.prompt_logprobs[1:]] for state in (alone, together)]
+    assert len(values[0]) == 39
+    assert values[0] == values[1]
+
+
+def tiny_cache(rows: int = 4, capacity: int = 64) -> KeyValueCache:
+    return KeyValueCache(CacheShape(2, 2, 4, np.dtype(np.float32), capacity), rows)
+
+
+def fill(cache: KeyValueCache, row: int, tokens: list[int]) -> None:
+    for tensor in cache.tensors:
+        tensor[row, :, : len(tokens)] = np.asarray(tokens, np.float32)[None, :, None]
+    cache.rows[row].tokens = list(tokens)
+    cache.rows[row].touched = max(cache.rows[row].touched, len(tokens))
+
+
+def holds(cache: KeyValueCache, row: int, tokens: list[int]) -> bool:
+    expected = np.asarray(tokens, np.float32)
+    return cache.rows[row].tokens == tokens and all(
+        (tensor[row, :, : len(tokens)] == expected[None, :, None]).all() for tensor in cache.tensors
+    )
+
+
+def test_rows_swap_copy_and_drop():
+    cache = tiny_cache()
+    fill(cache, 0, [1, 2, 3])
+    fill(cache, 2, [7] * 10)
+    cache.swap(0, 2)
+    assert holds(cache, 2, [1, 2, 3]) and holds(cache, 0, [7] * 10)
+    cache.copy_prefix(2, 1, 2)
+    assert holds(cache, 1, [1, 2])
+    cache.drop(0)
+    assert cache.rows[0].tokens == [] and holds(cache, 1, [1, 2])
+
+
+def test_dropping_a_row_gives_its_memory_back():
+    cache = KeyValueCache(CacheShape(4, 2, 64, np.dtype(np.float32), 4096), 2)
+    before = resident_bytes()
+    fill(cache, 0, [1] * 4096)
+    grown = resident_bytes() - before
+    assert grown > 0.9 * 4096 * cache.shape.bytes_per_token
+    cache.drop(0)
+    assert resident_bytes() - before < 0.1 * grown
+
+
+def resident_bytes() -> int:
+    import psutil
+
+    return psutil.Process().memory_info().rss
+
+
+def sequence(prompt: list[int], package: ServedPackage, max_tokens: int = 4) -> SequenceState:
+    request = GenerationRequest(tuple(prompt), GREEDY, max_tokens)
+    return SequenceState(request, package.tokenizer, lambda _: None)
+
+
+def test_rows_keep_their_contents_through_any_coming_and_going(package):
+    chance = random.Random(7)
+    rows = Rows(tiny_cache(rows=5), budget_tokens=5 * 64)
+    contents: dict[SequenceState, list[int]] = {}
+    for step in range(600):
+        choice = chance.random()
+        if choice < 0.4:
+            new = sequence([1000 + step] * chance.randrange(2, 50), package)
+            if rows.admit(new):
+                fill(rows.cache, rows.row_of(new), list(new.request.prompt))
+                contents[new] = list(new.request.prompt)
+        elif choice < 0.7 and rows.prefilling:
+            rows.start_decoding(chance.choice(rows.prefilling))
+        elif rows.sequences:
+            leaving = chance.choice(rows.sequences)
+            rows.release(leaving)
+            del contents[leaving]
+        for each, tokens in contents.items():
+            assert holds(rows.cache, rows.row_of(each), tokens)
+        assert [rows.row_of(s) for s in rows.sequences] == list(range(rows.active))
+
+
+def test_admission_counts_what_sequences_may_come_to_need(package):
+    rows = Rows(tiny_cache(rows=4), budget_tokens=100)
+    assert rows.admit(sequence([1] * 40, package, 20))
+    assert not rows.admit(sequence([2] * 40, package, 1))
+    assert rows.admit(sequence([3] * 30, package, 10))
+
+
+def test_a_prompt_that_began_alike_is_not_read_again(package):
+    rows = Rows(tiny_cache(rows=3), budget_tokens=300)
+    first = sequence(list(range(40)), package)
+    rows.admit(first)
+    fill(rows.cache, rows.row_of(first), list(range(40)))
+    second = sequence([*range(30), 99, 98, 97], package)
+    rows.admit(second)
+    rows.share_prefix(second)
+    assert second.cached_tokens == 30
+    assert holds(rows.cache, rows.row_of(second), list(range(30)))
+    rows.release(first)
+    third = sequence([*range(40), 5, 6], package)
+    rows.admit(third)
+    assert third.cached_tokens == 40
