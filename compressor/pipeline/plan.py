@@ -97,8 +97,8 @@ def check_memory_budget(profile: Profile, smallest: MemoryEstimate) -> None:
     excess = (smallest.total - limit) / 2**20
     raise InfeasibleError(
         f"no sub-network meets the memory budget of {profile.budgets.memory_gib:g} GiB: the smallest of the "
-        f"search space needs {smallest.total / 2**30:.3f} GiB, {excess:.1f} MiB more. Raise --memory-budget to "
-        f"at least {_round_up(smallest.total / 2**30)}, or give the profile smaller depth_fractions or "
+        f"search space needs {smallest.total / 2**30:.3f} GiB, {excess:.1f} MiB more. Raise --memory-budget "
+        f"to at least {_round_up(smallest.total / 2**30)}, or give the profile smaller depth_fractions or "
         "width_fractions"
     )
 

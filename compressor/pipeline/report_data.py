@@ -34,7 +34,6 @@ def collect(
     """Everything the report, the table and the wizard show of a run."""
     profile = context.request.profile
     workload = profile.workload
-    spare = plan.full_memory.total - plan.full_weight_bytes
     return report.ReportData(
         model=plan.source.name,
         profile=profile.name,
@@ -49,12 +48,21 @@ def collect(
         references=tuple(_references(context, plan, references)),
         winner=_winner(plan, problem, task, references, finalist) if finalist else None,
         budgets=_budgets(context, finalist),
-        weight_budget_bytes=max(0, profile.budgets.memory_bytes - spare),
+        weight_budget_bytes=_weight_budget(context, outcomes, finalist),
         loss_curves={name: tuple(context.ledger.curve(name)) for name in ("super", "sub")},
         conditions=_conditions(finalist),
         next_commands=_next_commands(context, finalist),
         notes=tuple(notes),
     )
+
+
+def _weight_budget(context: Context, outcomes: Sequence[Outcome], finalist: Finalist | None) -> int | None:
+    """What the memory budget leaves for weights beside the winner's own cache and activations."""
+    chosen = finalist.outcome if finalist else next(iter(outcomes), None)
+    if chosen is None:
+        return None
+    beside = chosen.values["memory_bytes"] - chosen.values["weight_bytes"]
+    return max(0, int(context.request.profile.budgets.memory_bytes - beside))
 
 
 def _candidates(problem: Problem, outcomes: Sequence[Outcome]) -> tuple[report.Candidate, ...]:
@@ -118,7 +126,7 @@ def _paired_tests(
     if rival is None or rival.items is None or ours.items is None:
         return ()
     test = task.paired(ours.items, rival.items)
-    return (report.PairedTest(REFERENCE_NAMES["int8"], test.p_value, test.gained, test.lost),)
+    return (report.PairedTest("the unpruned model in INT8", test.p_value, test.gained, test.lost),)
 
 
 def _budgets(context: Context, finalist: Finalist | None) -> tuple[report.Budget, ...]:

@@ -110,9 +110,9 @@ class Workshop:
 def execute(path: Path, request: RunRequest, listener: Listener) -> Verdict:
     """Do the run, or what is left of it. Raises ``CompressorError``; what was paid for is kept."""
     machine = device.detect()
+    plan = make_plan(request, machine, path)
     check_engine(request)
     check_tasks(request)
-    plan = make_plan(request, machine, path)
     folder = RunFolder.create_or_update(path, request.model_dump(mode="json"))
     with folder.locked(), open_ledger(folder.ledger) as ledger, logged(listener, folder.events) as logging:
         context = Context(folder, request, ledger, machine, logging)
