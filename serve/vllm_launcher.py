@@ -46,12 +46,12 @@ class Command:
     environment: dict[str, str]
 
 
-def launch(settings: Settings, on_ready: Callable[[str], None] = print) -> int:
+def launch(settings: Settings, on_ready: Callable[[str], None] | None = None) -> int:
     """Serve a vLLM package until stopped by SIGINT or SIGTERM; returns 0 if stopped, else vLLM's exit code.
 
-    ``on_ready`` gets one line with the address once requests are answered; vLLM's own messages go to
-    stderr. Raises ``PackageError`` for a folder that is no package and ``UnfitMachineError`` where vLLM or
-    our plugin is missing, or does not come up.
+    ``on_ready`` (default: print) gets one line with the address once requests are answered; vLLM's own
+    messages go to stderr. Raises ``PackageError`` for a folder that is no package and
+    ``UnfitMachineError`` where vLLM or our plugin is missing, or does not come up.
     """
     manifest = read_manifest(settings.package)
     config = json.loads((settings.package / "config.json").read_text(encoding="utf-8"))
@@ -65,7 +65,7 @@ def launch(settings: Settings, on_ready: Callable[[str], None] = print) -> int:
     with _stopped_with_us(child, settings.drain_seconds + STOP_GRACE_S) as received:
         _wait_until_ready(child, url, received)
         if not received:
-            on_ready(f"{settings.model_name or manifest.name} answers at {url}/v1")
+            (on_ready or _say)(f"{settings.model_name or manifest.name} answers at {url}/v1")
         code = child.wait()
     return 0 if received else code
 
@@ -107,6 +107,10 @@ def base_url(host: str, port: int) -> str:
     """Where a client on this machine reaches a server that listens on ``host``."""
     reachable = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"http://[{reachable}]:{port}" if ":" in reachable else f"http://{reachable}:{port}"
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
 
 
 def _check_environment(package: Path, config: dict[str, Any]) -> None:
