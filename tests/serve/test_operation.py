@@ -37,7 +37,8 @@ def raw_request(server: RunningServer, payload: bytes) -> bytes:
     host, port = server.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=30) as connection:
         connection.sendall(payload)
-        connection.shutdown(socket.SHUT_WR)
+        if not payload.endswith(b"0\r\n\r\n"):
+            connection.shutdown(socket.SHUT_WR)
         answer = b""
         while part := connection.recv(65536):
             answer += part
@@ -181,11 +182,12 @@ def test_schemas_that_cannot_be_obeyed_are_refused(server):
 
 
 def test_bodies_that_are_too_big_are_413_announced_or_not(server):
+    status, answer = post(server, "/v1/completions", b" " * (6 << 20))
+    assert status == 413
+    assert "send less" in answer["error"]["message"]
     head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-    announced = raw_request(server, head + b"Content-Length: 104857600\r\n\r\n{")
-    assert announced.startswith(b"HTTP/1.1 413")
     chunk = b"100000\r\n" + b" " * 0x100000 + b"\r\n"
-    chunked = raw_request(server, head + b"Transfer-Encoding: chunked\r\n\r\n" + chunk * 5 + b"0\r\n\r\n")
+    chunked = raw_request(server, head + b"Transfer-Encoding: chunked\r\n\r\n" + chunk * 6 + b"0\r\n\r\n")
     assert chunked.startswith(b"HTTP/1.1 413")
 
 
