@@ -1,0 +1,184 @@
+"""Fine-tuning: it learns, it resumes to the same losses, and it stops with the last good weights."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from compressor.errors import RunConflictError, TrainingError
+from compressor.events import Event, LossReported, StageProgress
+from compressor.space import SearchSpace
+from compressor.supernet import checkpoint
+from compressor.supernet.data import Examples
+from compressor.supernet.elastic import Elastic
+from compressor.supernet.finetune import FinetuneConfig, discard_checkpoint, final_states, finetune
+from compressor.supernet.losses import IGNORED, distillation
+
+from .conftest import make_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SHORT = FinetuneConfig(steps=6, batch=4, lr=3e-3)
+
+
+class KilledError(Exception):
+    pass
+
+
+@pytest.fixture
+def text() -> Tensor:
+    """Token ids (16, 12)."""
+    return torch.randint(97, (16, 12), generator=torch.Generator().manual_seed(2))
+
+
+@torch.no_grad()
+def divergence(model: PreTrainedModel, space: SearchSpace, text: Tensor, wanted: Tensor) -> float:
+    """Mean divergence of the smallest sub-network from the original's states ``wanted``."""
+    with Elastic(model).activated(space.smallest):
+        found = final_states(model, text, 8)
+    return float(distillation(found.flatten(0, 1), wanted.flatten(0, 1), model.lm_head.weight))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sub_networks_learn_to_agree_with_the_original(
+    model: PreTrainedModel, space: SearchSpace, text: Tensor, dtype: torch.dtype
+) -> None:
+    model.to(dtype)
+    wanted = final_states(model, text, 8)
+    before = divergence(model, space, text, wanted)
+    finetune(Elastic(model), space, text, FinetuneConfig(steps=60, batch=8, lr=3e-3, sampling="small"))
+    assert divergence(model, space, text, wanted) < 0.6 * before
+
+
+def test_steps_alternate_and_are_reported(model: PreTrainedModel, space: SearchSpace, text: Tensor) -> None:
+    events: list[Event] = []
+    curve: list[tuple[str, int, float]] = []
+    result = finetune(Elastic(model), space, text, SHORT, events.append, lambda *point: curve.append(point))
+    losses = [e for e in events if isinstance(e, LossReported)]
+    assert [e.network for e in losses] == ["super", "sub"] * 3
+    assert [(e.network, e.step, e.loss) for e in losses] == curve
+    assert losses[0].loss == pytest.approx(0, abs=1e-5)
+    assert [e.done for e in events if isinstance(e, StageProgress)] == [1, 2, 3, 4, 5, 6]
+    assert (result.steps, result.tokens) == (6, 6 * 4 * 12)
+
+
+def test_the_model_is_left_whole_and_its_head_untouched(
+    model: PreTrainedModel, space: SearchSpace, text: Tensor
+) -> None:
+    head, mlp = model.lm_head.weight.clone(), model.model.layers[0].mlp.up_proj.weight.clone()
+    finetune(Elastic(model), space, text, SHORT)
+    assert torch.equal(head, model.lm_head.weight)
+    assert not torch.equal(mlp, model.model.layers[0].mlp.up_proj.weight)
+    assert len(model.model.layers) == 4
+    assert not model.training
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+def test_cross_entropy_learns_the_labels_alone(
+    model: PreTrainedModel, space: SearchSpace, text: Tensor
+) -> None:
+    labels = text.clone()
+    labels[:, ::2] = IGNORED
+    config = FinetuneConfig(steps=40, batch=8, lr=3e-3, loss="cross-entropy", train_embeddings=True)
+    with torch.no_grad():
+        before = float(model(text, labels=labels).loss)
+    finetune(Elastic(model), space, Examples(text, labels), config)
+    with torch.no_grad():
+        assert float(model(text, labels=labels).loss) < before - 0.5
+
+
+def test_time_ends_it(model: PreTrainedModel, space: SearchSpace, text: Tensor) -> None:
+    config = FinetuneConfig(steps=10**6, minutes=0.02, batch=4)
+    result = finetune(Elastic(model), space, text, config)
+    assert 0 < result.steps < 10**5
+    assert result.seconds < 10
+
+
+def test_a_killed_run_resumes_to_the_same_losses(space: SearchSpace, text: Tensor, tmp_path: Path) -> None:
+    config = FinetuneConfig(steps=8, batch=4, lr=3e-3, checkpoint_minutes=0)
+    straight = losses_of(make_model(), space, text, config, tmp_path / "a")
+    with pytest.raises(KilledError):
+        losses_of(make_model(), space, text, config, tmp_path / "b", kill_at=5)
+    resumed = losses_of(make_model(), space, text, config, tmp_path / "b")
+    first = min(resumed)
+    assert 1 <= first <= 5
+    assert resumed == {step: pytest.approx(straight[step], abs=1e-5) for step in range(first, 9)}
+
+
+def losses_of(
+    model: PreTrainedModel,
+    space: SearchSpace,
+    text: Tensor,
+    config: FinetuneConfig,
+    folder: Path,
+    kill_at: int = 0,
+) -> dict[int, float]:
+    seen: dict[int, float] = {}
+
+    def listen(event: Event) -> None:
+        if isinstance(event, LossReported):
+            seen[event.step] = event.loss
+            if event.step == kill_at:
+                raise KilledError
+
+    finetune(Elastic(model), space, text, config, listen, folder=folder)
+    return seen
+
+
+def test_a_checkpoint_of_another_tuning_is_refused(
+    model: PreTrainedModel, space: SearchSpace, text: Tensor, tmp_path: Path
+) -> None:
+    config = FinetuneConfig(steps=2, batch=4, checkpoint_minutes=0)
+    finetune(Elastic(model), space, text, config, folder=tmp_path)
+    with pytest.raises(RunConflictError, match="another model, search space or fine-tuning"):
+        finetune(Elastic(model), space, text.flip(0), config, folder=tmp_path)
+    discard_checkpoint(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_checkpoint_is_named(
+    model: PreTrainedModel, space: SearchSpace, text: Tensor, tmp_path: Path
+) -> None:
+    (tmp_path / checkpoint.NAME).write_bytes(b"not a checkpoint")
+    with pytest.raises(RunConflictError, match="is damaged"):
+        finetune(Elastic(model), space, text, SHORT, folder=tmp_path)
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_last_good_weights(space: SearchSpace, text: Tensor) -> None:
+    model = make_model()
+    weight = model.model.layers[0].self_attn.q_proj.weight
+
+    def break_at_three(event: Event) -> None:
+        if isinstance(event, LossReported) and event.step == 3:
+            with torch.no_grad():
+                model.model.norm.weight[0] = math.nan
+
+    good: list[Any] = []
+    with pytest.raises(TrainingError, match="not finite at step 4"):
+        finetune(
+            Elastic(model),
+            space,
+            text,
+            SHORT,
+            lambda event: (good.append(weight.detach().clone()), break_at_three(event))[1],
+        )
+    assert torch.equal(weight, good[-1])
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(tmp_path: Path) -> None:
+    checkpoint.save_checkpoint(tmp_path, {"identity": "a", "step": 1})
+    full = Path("/dev/full")
+    if not full.exists():
+        pytest.skip("needs /dev/full")
+    (tmp_path / f"{checkpoint.NAME}.tmp").symlink_to(full)
+    with pytest.raises(TrainingError, match="free disk space"):
+        checkpoint.save_checkpoint(tmp_path, {"identity": "a", "step": 2})
+    state = checkpoint.load_checkpoint(tmp_path, "a")
+    assert state is not None
+    assert state["step"] == 1
