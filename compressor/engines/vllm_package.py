@@ -7,7 +7,6 @@ memory at a time.
 
 from __future__ import annotations
 
-import errno
 import importlib.metadata
 import json
 import os
@@ -19,8 +18,16 @@ from typing import Any, cast
 import torch
 
 from compressor import __version__
-from compressor.engines.vllm_weights import FLOAT_TYPES, Source, VllmNumerics, plan_tensors, write_tensors
-from compressor.errors import InputError, PackageError, RunConflictError, UnfitMachineError
+from compressor.engines.model_card import write_model_card
+from compressor.engines.vllm_weights import (
+    FLOAT_TYPES,
+    Source,
+    VllmNumerics,
+    check_tensors,
+    plan_tensors,
+    write_tensors,
+)
+from compressor.errors import InputError, PackageError
 from compressor.manifest import Architecture, Manifest, record_files, write_manifest
 from compressor.space import SubNetwork
 
@@ -62,23 +69,25 @@ def write_package(
 
     ``fields`` go to the manifest (``name`` and ``base_model`` at least). ``numerics`` is ``int8``,
     ``bf16`` or ``fp32``. ``portable`` zero-pads every MLP to the widest one, so that vLLM serves the
-    package without our plugin, at more bytes and less speed. The folder is complete or absent.
+    package without our plugin, at more bytes and less speed. ``folder`` must not exist; it is whole or
+    absent, and what is on the disk has been compared with what was meant.
 
-    Raises ``InputError`` for numerics vLLM cannot serve or a damaged super-network,
-    ``RunConflictError`` if the folder exists, ``UnfitMachineError`` if the disk fills.
+    Raises ``InputError`` for numerics vLLM cannot serve or a damaged super-network, and
+    ``PackageError`` if the package cannot be written.
     """
     _check_numerics(subnet, numerics)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise RunConflictError(f"{folder} exists already: name another folder, or remove it")
-    scratch = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    scratch.mkdir(parents=True)
+    if folder.exists():
+        raise InputError(f"{folder} exists: delete it or choose another folder for the package")
+    scratch = folder.with_name(f"{folder.name}.tmp{os.getpid()}")
+    shutil.rmtree(scratch, ignore_errors=True)
     try:
+        scratch.mkdir(parents=True)
         manifest = _fill(supernet, subnet, scratch, fields, cast(VllmNumerics, numerics), portable)
-        scratch.replace(folder)
+        scratch.rename(folder)
     except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        raise UnfitMachineError(f"the disk is full at {folder.parent}: free space and run again") from None
+        raise PackageError(
+            f"{folder} could not be written ({error}): free disk space and try again"
+        ) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return manifest
@@ -160,9 +169,8 @@ def _fill(
     source = Source(supernet)
     entries = plan_tensors(source, subnet, numerics, tied, max(subnet.widths) if portable else 0)
     path = folder / WEIGHTS_NAME
-    predicted = write_tensors(entries, path)
-    if path.stat().st_size != predicted:
-        raise PackageError(f"{path} has {path.stat().st_size} bytes instead of {predicted}: try again")
+    write_tensors(entries, path)
+    check_tensors(entries, path)
     text = json.dumps(config, indent=2) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")
     for name in COMPANIONS:
@@ -183,9 +191,10 @@ def _fill(
             "architecture": Architecture(**subnet.to_dict()),
             "parameters": sum(entry.elements for entry in unpadded),
             "weight_bytes": sum(entry.nbytes for entry in entries),
-            "files": record_files(folder),
         }
     )
+    write_model_card(folder, manifest)
+    manifest = manifest.model_copy(update={"files": record_files(folder)})
     write_manifest(folder, manifest)
     return manifest
 

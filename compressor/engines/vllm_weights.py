@@ -7,6 +7,7 @@ Format: https://github.com/huggingface/safetensors and https://github.com/vllm-p
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from compressor.errors import InputError
+from compressor.errors import InputError, PackageError
 from compressor.space import SubNetwork
 
 VllmNumerics = Literal["int8", "bf16", "fp32"]
@@ -104,8 +105,8 @@ def plan_tensors(
     return sorted(entries, key=lambda entry: (-entry.dtype.itemsize, entry.name))
 
 
-def write_tensors(entries: Sequence[Entry], path: Path) -> int:
-    """Compute and write one tensor after the other as a safetensors file; returns its bytes.
+def write_tensors(entries: Sequence[Entry], path: Path) -> None:
+    """Compute and write one tensor after the other as a safetensors file.
 
     Holds one tensor at a time. Entries are ordered by descending element size, so that all are aligned.
     """
@@ -125,7 +126,19 @@ def write_tensors(entries: Sequence[Entry], path: Path) -> int:
         stream.write(len(text).to_bytes(8, "little") + text)
         for entry in entries:
             stream.write(_raw(entry))
-    return 8 + len(text) + offset
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def check_tensors(entries: Sequence[Entry], path: Path) -> None:
+    """Read a file back and compare each tensor. Raises ``PackageError`` naming the first that differs."""
+    with safe_open(path, framework="pt") as stream:
+        names = set(stream.keys())
+        for entry in entries:
+            if entry.name not in names or not torch.equal(stream.get_tensor(entry.name), entry.make()):
+                raise PackageError(
+                    f"{path}: {entry.name} was not written as meant: check the disk, try again"
+                )
 
 
 def channel_scales(weight: Tensor) -> Tensor:

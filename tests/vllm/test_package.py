@@ -12,8 +12,15 @@ import torch
 from safetensors.torch import load_file
 
 from compressor.engines.vllm_package import package_config, write_package
-from compressor.engines.vllm_weights import channel_scales, quantize_channels
-from compressor.errors import InputError, RunConflictError
+from compressor.engines.vllm_weights import (
+    Source,
+    channel_scales,
+    check_tensors,
+    plan_tensors,
+    quantize_channels,
+    write_tensors,
+)
+from compressor.errors import InputError, PackageError
 from compressor.manifest import check_files, read_manifest
 from compressor.models import read_shape, resolve
 from compressor.space import SubNetwork, parameter_count
@@ -113,6 +120,18 @@ def test_shards_give_the_same_bytes_as_one_file(supernet: Path, tmp_path: Path) 
     assert one.files["model.safetensors"] == many.files["model.safetensors"]
 
 
+def test_a_byte_that_changed_on_the_disk_is_found(supernet: Path, tmp_path: Path) -> None:
+    entries = plan_tensors(Source(supernet), UNEVEN, "int8", tied=False)
+    path = tmp_path / "model.safetensors"
+    write_tensors(entries, path)
+    check_tensors(entries, path)
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(PackageError, match="not written as meant"):
+        check_tensors(entries, path)
+
+
 def test_nothing_is_left_when_writing_fails(supernet: Path, tmp_path: Path) -> None:
     too_deep = SubNetwork((0, 9), (64, 64))
     with pytest.raises(InputError, match="layer 9"):
@@ -123,10 +142,10 @@ def test_nothing_is_left_when_writing_fails(supernet: Path, tmp_path: Path) -> N
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_with_something_in_it_is_refused_and_kept(supernet: Path, tmp_path: Path) -> None:
+def test_a_folder_that_exists_is_refused_and_kept(supernet: Path, tmp_path: Path) -> None:
     (tmp_path / "p").mkdir()
     (tmp_path / "p" / "precious").write_text("kept")
-    with pytest.raises(RunConflictError, match="exists already"):
+    with pytest.raises(InputError, match="exists"):
         write_package(supernet, UNEVEN, tmp_path / "p", FIELDS)
     assert (tmp_path / "p" / "precious").read_text() == "kept"
 
