@@ -66,7 +66,7 @@ def time_workload(
     repeat takes longer than ``max_seconds`` is run just once after its warm-up.
     """
     timings = Timings()
-    _warm_up(runner, workload)
+    warm_up(runner, workload)
     start = time.perf_counter()
     while True:
         time_once(runner, workload, timings)
@@ -74,6 +74,13 @@ def time_workload(
         enough = timings.repeats >= min_repeats or elapsed > max_seconds * timings.repeats
         if enough and (elapsed >= max_seconds or timings.settled):
             return timings
+
+
+def warm_up(runner: Runner, workload: Workload) -> None:
+    """A prefill and a few steps that are not timed."""
+    runner.prefill()
+    for _ in range(min(WARM_UP_STEPS, workload.output_tokens - 1)):
+        runner.step()
 
 
 def time_once(runner: Runner, workload: Workload, timings: Timings) -> None:
@@ -133,9 +140,3 @@ def percentile(values: Sequence[float], share: float) -> float:
     """The smallest value that ``share`` of the values do not exceed; 0 for none."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else 0.0
-
-
-def _warm_up(runner: Runner, workload: Workload) -> None:
-    runner.prefill()
-    for _ in range(min(WARM_UP_STEPS, workload.output_tokens - 1)):
-        runner.step()

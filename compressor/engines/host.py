@@ -4,9 +4,20 @@ from __future__ import annotations
 
 import os
 import platform
+import time
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+import psutil
+
+OTHER_LOAD_SHARE = 0.1
+"""Share of the cores that other processes may use before figures are marked."""
+
+WATCH_SECONDS = 0.25
+CPU_FOLDER = Path("/sys/devices/system/cpu")
+CGROUP_STAT = Path("/sys/fs/cgroup/cpu.stat")
 
 
 def host_conditions() -> dict[str, Any]:
@@ -14,9 +25,81 @@ def host_conditions() -> dict[str, Any]:
     return {
         "device": cpu_name(),
         "cores": sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "governor": _governor(),
+        "governor": governor(),
         "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
     }
+
+
+def host_faults(
+    needed_bytes: int = 0,
+    *,
+    busy_share: Callable[[], float] | None = None,
+    available_bytes: Callable[[], int] = lambda: int(psutil.virtual_memory().available),
+) -> list[str]:
+    """Why this host is not fit to measure on, one line each; none if it is fit.
+
+    Looks at what other processes use of the cores, at memory (``needed_bytes`` for the model), at the
+    frequency governor and at throttling. Takes ``WATCH_SECONDS``.
+    """
+    faults = []
+    share = (busy_share or others_share)()
+    if share > OTHER_LOAD_SHARE:
+        faults.append(f"other processes use {share:.0%} of the cores: stop them")
+    free = available_bytes()
+    if free < needed_bytes:
+        faults.append(f"{free / 2**30:.1f} GiB of memory are free, {needed_bytes / 2**30:.1f} are needed")
+    if governor() == "powersave" and not (CPU_FOLDER / "intel_pstate").exists():
+        faults.append("the frequency governor is 'powersave': set it to 'performance'")
+    return faults
+
+
+def others_share() -> float:
+    """Share of all cores' time that other processes use, 0 to 1, watched for ``WATCH_SECONDS``."""
+    watch = HostWatch()
+    time.sleep(WATCH_SECONDS)
+    return watch.others_share()
+
+
+class HostWatch:
+    """Watches the host from its making on, at no cost: what disturbed a measurement meanwhile."""
+
+    def __init__(self) -> None:
+        self._process = psutil.Process()
+        self._began = time.monotonic()
+        self._busy, self._mine = _busy_seconds(), self._own_seconds()
+        self._throttled = throttled_periods()
+
+    def others_share(self) -> float:
+        """Share of all cores' time that other processes used since."""
+        elapsed = max(1e-3, time.monotonic() - self._began)
+        others = (_busy_seconds() - self._busy) - (self._own_seconds() - self._mine)
+        return max(0.0, others / elapsed / (os.cpu_count() or 1))
+
+    def marks(self) -> dict[str, Any]:
+        """What a figure taken meanwhile carries: others' share, and ``unfit`` with the reasons, if any."""
+        share = self.others_share()
+        throttled = throttled_periods() - self._throttled
+        reasons = []
+        if share > OTHER_LOAD_SHARE:
+            reasons.append(f"other processes used {share:.0%} of the cores")
+        if throttled:
+            reasons.append(f"the CPU was throttled {throttled} times")
+        return {"others_share": round(share, 3), **({"unfit": reasons} if reasons else {})}
+
+    def _own_seconds(self) -> float:
+        times = self._process.cpu_times()
+        return float(times.user + times.system)
+
+
+def throttled_periods() -> int:
+    """How often this container's CPU quota or the CPU's temperature has held it back so far."""
+    periods = 0
+    if CGROUP_STAT.is_file():
+        fields = dict(line.split() for line in CGROUP_STAT.read_text(encoding="utf-8").splitlines())
+        periods += int(fields.get("nr_throttled", 0))
+    for path in CPU_FOLDER.glob("cpu*/thermal_throttle/core_throttle_count"):
+        periods += int(path.read_text(encoding="utf-8"))
+    return periods
 
 
 @cache
@@ -34,9 +117,16 @@ def cpu_name() -> str:
     return platform.machine()
 
 
-def _governor() -> str:
-    path = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
+def governor() -> str:
+    """The frequency governor of the first core, or ``unknown``."""
     try:
-        return path.read_text(encoding="utf-8").strip()
+        return (CPU_FOLDER / "cpu0/cpufreq/scaling_governor").read_text(encoding="utf-8").strip()
     except OSError:
         return "unknown"
+
+
+def _busy_seconds() -> float:
+    times = psutil.cpu_times()
+    idle = times.idle + getattr(times, "iowait", 0.0)
+    guests = getattr(times, "guest", 0.0) + getattr(times, "guest_nice", 0.0)
+    return float(sum(times) - idle - guests)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,13 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from compressor.engines.bench import Timings, summarise, time_workload
-from compressor.engines.host import host_conditions
+from compressor.engines.host import HostWatch, host_conditions
 from compressor.engines.memory import peak_bytes, reset_peak, resident_bytes
 from compressor.engines.onnx_graph import INT8_ACTIVATIONS, Logits, build_graph
 from compressor.engines.onnx_package import write_package
 from compressor.engines.onnx_session import Decoder, open_session, prefill_logits, usable_cores
 from compressor.engines.onnx_store import Export, open_export
+from compressor.engines.paired import time_pair
 from compressor.errors import InputError
 from compressor.measurement import Measurement
 from compressor.profile import Workload
@@ -63,11 +64,33 @@ class OnnxRuntimeEngine:
         min_repeats: int = 3,
     ) -> Measurement:
         """TTFT, TPOT and throughput of the workload as a static batch of ``concurrency`` prompts."""
-        before = resident_bytes()
+        watch, before = HostWatch(), resident_bytes()
         reset_peak()
         runner = self.runner(candidate, workload)
         timings = time_workload(runner, workload, max_seconds=max_seconds, min_repeats=min_repeats)
-        return self.measurement(candidate, workload, timings, max(0, peak_bytes() - before))
+        return self._measurement(candidate, workload, timings, peak_bytes() - before, watch)
+
+    def bench_against(
+        self,
+        candidate: OnnxCandidate,
+        reference: OnnxCandidate,
+        workload: Workload,
+        *,
+        max_seconds: float = 6.0,
+    ) -> Measurement:
+        """As ``bench``, taking turns with a reference; the conditions hold its figures and the ratios."""
+        watch, before = HostWatch(), resident_bytes()
+        reset_peak()
+        runners = self.runner(candidate, workload), self.runner(reference, workload)
+        mine, theirs, ratio = time_pair(*runners, workload, max_seconds=max_seconds)
+        measured = self._measurement(candidate, workload, mine, peak_bytes() - before, watch)
+        beside = summarise(theirs, workload)
+        against = {
+            "reference_ttft_ms": beside.ttft_ms,
+            "reference_tpot_ms": beside.tpot_ms,
+            **ratio.to_dict(),
+        }
+        return replace(measured, conditions={**measured.conditions, **against})
 
     def runner(self, candidate: OnnxCandidate, workload: Workload) -> OnnxRunner:
         """The candidate with one batch of random prompts, for ``bench.time_once``."""
@@ -78,20 +101,6 @@ class OnnxRuntimeEngine:
                 f"{self.export.constants.context_length}: shorten the profile's prompt or output"
             )
         return OnnxRunner(self.export, candidate, workload)
-
-    def measurement(
-        self, candidate: OnnxCandidate, workload: Workload, timings: Timings, working_bytes: int
-    ) -> Measurement:
-        """What was timed, with the conditions it was timed under."""
-        conditions = {
-            "engine": f"onnxruntime {ort.__version__}",
-            "provider": candidate.session.get_providers()[0],
-            "threads": self.threads,
-            "numerics": candidate.numerics,
-            **host_conditions(),
-        }
-        peak = candidate.resident_bytes + working_bytes
-        return summarise(timings, workload, peak_memory_bytes=peak, conditions=conditions)
 
     def logits(self, candidate: OnnxCandidate, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         """Logits of every position, fp32 [tokens, vocabulary] for ids [tokens], or with a batch axis."""
@@ -116,6 +125,26 @@ class OnnxRuntimeEngine:
     ) -> None:
         """Write the package of a sub-network; ``fields`` go to its manifest. Whole or absent."""
         write_package(self.export, subnet, folder, fields, numerics=numerics)
+
+    def _measurement(
+        self,
+        candidate: OnnxCandidate,
+        workload: Workload,
+        timings: Timings,
+        working_bytes: int,
+        watch: HostWatch,
+    ) -> Measurement:
+        """What was timed, with the conditions it was timed under."""
+        conditions = {
+            "engine": f"onnxruntime {ort.__version__}",
+            "provider": candidate.session.get_providers()[0],
+            "threads": self.threads,
+            "numerics": candidate.numerics,
+            **host_conditions(),
+            **watch.marks(),
+        }
+        peak = candidate.resident_bytes + max(0, working_bytes)
+        return summarise(timings, workload, peak_memory_bytes=peak, conditions=conditions)
 
     def _scoring_session(self, candidate: OnnxCandidate) -> ort.InferenceSession:
         if not candidate._scoring:

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from compressor.engines.bench import summarise, time_workload
-from compressor.engines.host import host_conditions
+from compressor.engines.host import HostWatch, host_conditions
 from compressor.engines.memory import peak_bytes, reset_peak, resident_bytes
 from compressor.measurement import Measurement
 from compressor.profile import Workload
@@ -17,7 +17,7 @@ def bench_pytorch(
     model: PreTrainedModel, workload: Workload, *, max_seconds: float = 10.0, min_repeats: int = 3
 ) -> Measurement:
     """TTFT, TPOT and throughput of a transformers model as it stands, on its own device."""
-    before = resident_bytes()
+    watch, before = HostWatch(), resident_bytes()
     reset_peak()
     with torch.inference_mode():
         runner = TorchRunner(model, workload)
@@ -29,6 +29,7 @@ def bench_pytorch(
         "threads": torch.get_num_threads(),
         "numerics": str(model.dtype).removeprefix("torch."),
         **host_conditions(),
+        **watch.marks(),
     }
     peak = weights + max(0, peak_bytes() - before)
     return summarise(timings, workload, peak_memory_bytes=peak, conditions=conditions)

@@ -1,0 +1,39 @@
+"""Whether the host is fit to measure on."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+
+from compressor.engines.host import HostWatch, host_conditions, host_faults
+
+
+def test_a_quiet_roomy_host_has_no_load_or_memory_fault() -> None:
+    faults = host_faults(2**30, busy_share=lambda: 0.02, available_bytes=lambda: 2**33)
+    assert not [f for f in faults if "memory" in f or "processes" in f]
+
+
+def test_each_fault_is_named() -> None:
+    faults = host_faults(3 * 2**30, busy_share=lambda: 0.5, available_bytes=lambda: 2**30)
+    assert any("50%" in fault for fault in faults)
+    assert any("1.0 GiB" in fault and "3.0" in fault for fault in faults)
+
+
+def test_another_process_is_noticed_and_the_figure_marked() -> None:
+    burner = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        time.sleep(0.1)
+        watch = HostWatch()
+        time.sleep(0.5)
+        marks = watch.marks()
+    finally:
+        burner.kill()
+        burner.wait()
+    assert marks["others_share"] > 0.1
+    assert any("other processes" in reason for reason in marks["unfit"])
+
+
+def test_conditions_name_the_device() -> None:
+    conditions = host_conditions()
+    assert conditions["device"] and conditions["cores"]

@@ -1,0 +1,56 @@
+"""The ONNX Runtime engine on a tiny model: building, scoring, measuring."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from compressor.engines.onnx_store import Export
+from compressor.engines.onnxruntime import OnnxRuntimeEngine
+from compressor.errors import InputError
+from compressor.profile import Workload
+from compressor.space import SubNetwork
+
+FULL = SubNetwork((0, 1, 2, 3), (128,) * 4)
+SMALL = SubNetwork((0, 3), (64, 32), (4, 8))
+WORKLOAD = Workload(prompt_tokens=32, output_tokens=8, concurrency=2)
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_export: Export) -> OnnxRuntimeEngine:
+    return OnnxRuntimeEngine(tiny_export.folder, threads=1)
+
+
+def test_a_measurement_says_how_it_was_taken(engine: OnnxRuntimeEngine) -> None:
+    measured = engine.bench(engine.build(SMALL), WORKLOAD, max_seconds=0.2)
+    assert measured.ttft_ms > 0 and measured.tpot_ms > 0 and measured.repeats >= 3
+    assert measured.ttft_p90_ms >= measured.ttft_ms
+    assert measured.conditions["provider"] == "CPUExecutionProvider"
+    assert measured.conditions["threads"] == 1
+    assert measured.conditions["engine"].startswith("onnxruntime 1.")
+
+
+def test_fewer_layers_are_faster_than_the_reference(engine: OnnxRuntimeEngine) -> None:
+    candidate, reference = engine.build(SubNetwork((0,), (32,))), engine.build(FULL)
+    measured = engine.bench_against(candidate, reference, WORKLOAD, max_seconds=1.0)
+    assert measured.conditions["tpot_ratio"] < 0.9
+    assert measured.conditions["reference_ttft_ms"] > 0
+
+
+def test_logits_do_not_depend_on_the_batch(engine: OnnxRuntimeEngine) -> None:
+    candidate = engine.build(SMALL)
+    ids = np.random.default_rng(0).integers(0, 512, (3, 400))
+    together = engine.logits(candidate, ids)
+    assert together.shape == (3, 400, 512) and together.dtype == np.float32
+    assert np.abs(engine.logits(candidate, ids[1]) - together[1]).max() < 1e-4
+    assert np.array_equal(engine.top1(candidate, ids), together.argmax(-1))
+
+
+def test_a_workload_longer_than_the_context_is_refused(engine: OnnxRuntimeEngine) -> None:
+    with pytest.raises(InputError, match="context"):
+        engine.bench(engine.build(SMALL), Workload(prompt_tokens=500, output_tokens=100))
+
+
+def test_layers_the_model_lacks_are_refused(engine: OnnxRuntimeEngine) -> None:
+    with pytest.raises(InputError, match="4 layers"):
+        engine.build(SubNetwork((0, 7), (128, 128)))
