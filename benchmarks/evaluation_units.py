@@ -291,7 +291,7 @@ def matrix_flops(shape: Any, subnet: SubNetwork, tokens: int, rows: int) -> floa
 
 
 def _timed(run: Callable[[], Any]) -> dict[str, Any]:
-    """Wall time of a run, and the share of the machine that other processes took meanwhile."""
+    """Wall and processor time of a run, and the share of the machine that others took meanwhile."""
     gc.collect()
     own, machine = psutil.Process().cpu_times(), psutil.cpu_times()
     started = time.perf_counter()
@@ -299,8 +299,9 @@ def _timed(run: Callable[[], Any]) -> dict[str, Any]:
     seconds = time.perf_counter() - started
     mine, all_ = psutil.Process().cpu_times(), psutil.cpu_times()
     busy = sum(getattr(all_, kind) - getattr(machine, kind) for kind in ("user", "nice", "system"))
-    others = busy - (mine.user + mine.system - own.user - own.system)
-    return {"seconds": seconds, "others": round(max(0.0, others) / seconds / (psutil.cpu_count() or 1), 3)}
+    cpu = mine.user + mine.system - own.user - own.system
+    others = max(0.0, busy - cpu) / seconds / (psutil.cpu_count() or 1)
+    return {"seconds": seconds, "cpu_seconds": cpu, "others": round(others, 3)}
 
 
 def _items_of(requests: Requests) -> list[slice]:

@@ -131,7 +131,7 @@ def clustered_mean(values: Floats, counts: NDArray[np.integer]) -> tuple[float, 
     """
     n = len(values)
     weights = counts / counts.sum()
-    mean = float(weights @ values)
+    mean = float((values * counts).sum() / counts.sum())
     if n < 2:
         return mean, 0.5
     residuals = weights * (values - mean)
