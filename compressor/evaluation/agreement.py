@@ -145,17 +145,22 @@ class AgreementText:
 
 
 def torch_predict(model: PreTrainedModel) -> Predict:
-    """Top next tokens by a causal LM, never holding logits of more than a few hundred positions."""
+    """Top next tokens by a LLaMA-like model, or by the sub-network activated in it when called.
+
+    Runs the scorer's own forward pass and never holds logits of more than a few hundred positions.
+    """
     import torch
 
+    from compressor.evaluation.forward import PackedModel, top_tokens
+    from compressor.evaluation.packing import pack_rows
+    from compressor.evaluation.schedule import schedule
+
     def predict(ids: Tokens) -> NDArray[np.integer]:
-        device = model.device
         with torch.inference_mode():
-            tokens = torch.as_tensor(ids, device=device)
-            hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
-            head = model.get_output_embeddings()
-            rows = hidden.reshape(-1, hidden.shape[-1]).split(_HEAD_ROWS)
-            top = torch.cat([head(part).argmax(-1) for part in rows])
+            packed = PackedModel(model)
+            steps = schedule(pack_rows(ids), packed.device, packed.dtype)
+            hidden = packed.run(steps, ids.size)
+            top = torch.cat([top_tokens(packed.head(rows)) for rows in torch.split(hidden, _HEAD_ROWS)])
         result: NDArray[np.integer] = top.reshape(ids.shape).cpu().numpy()
         return result
 

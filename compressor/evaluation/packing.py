@@ -101,6 +101,16 @@ def pack(requests: Sequence[Encoded]) -> Packing:
     )
 
 
+def pack_rows(ids: Ints) -> Packing:
+    """Sequences int64[B, T] of equal length, each token's successor wanted: score rows are b * T + t."""
+    batch, length = ids.shape
+    order = np.arange(length)
+    ends = np.full(length, length - 1)
+    trees = tuple(Tree(row, order, ends, -1, order) for row in ids)
+    empty = np.zeros(0, np.int64)
+    return Packing(trees, 0, empty, empty, empty, batch * length, batch * length)
+
+
 @dataclass(frozen=True)
 class _Wanted:
     nodes: Ints

@@ -203,6 +203,12 @@ def test_an_engine_is_scored_through_its_logits(
     assert_same(ours, by_hflm(model, tokenizer, requests))
 
 
+def test_top_tokens_are_the_first_largest() -> None:
+    logits = torch.randint(0, 9, (50, 512)).bfloat16()
+    assert torch.equal(forward.top_tokens(logits), logits.argmax(-1))
+    assert torch.equal(forward.top_tokens(logits[:, :500]), logits[:, :500].argmax(-1))
+
+
 def test_an_empty_choice_is_named(model: PreTrainedModel, tokenizer: Any) -> None:
     with pytest.raises(InputError, match="empty choice"):
         PackedLM(model, tokenizer).loglikelihood([instance("the cat", "")])
