@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,17 +23,18 @@ from torch import Tensor
 from compressor.errors import TrainingError
 from compressor.events import Listener, LossReported, StageProgress, ignore
 from compressor.space import SearchSpace, SubNetwork
+from compressor.supernet import targets
 from compressor.supernet.checkpoint import load_checkpoint, remove_checkpoint, save_checkpoint
 from compressor.supernet.data import Examples
 from compressor.supernet.elastic import Elastic
 from compressor.supernet.losses import IGNORED, cross_entropy, distillation
 from compressor.supernet.optimizer import MasterAdamW, warmup_cosine
 from compressor.supernet.subnet_sampling import Sampling, sample_subnet
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from compressor.supernet.targets import Targets, final_states, load_or_compute
 
 STAGE = "supernet"
+SHORT = 256
+"""Tokens up to which plain matrix products beat the CPU's fused attention, whose backward is slow."""
 CurveListener = Callable[[str, int, float], None]
 
 
@@ -116,14 +117,16 @@ class _Tuning:
         self.losses: dict[str, list[float]] = {"super": [], "sub": []}
         self.rng = np.random.default_rng(config.seed)
         self.order: list[int] = []
+        self.attention: str = self.model.config._attn_implementation
         self.trainable = self._choose_parameters()
         self.optimizer = MasterAdamW(self.trainable, config.lr, config.weight_decay, (0.9, 0.95))
         self.identity = _identity(space, config, examples)
-        self.targets = self._targets() if config.loss == "distill" else None
+        self.targets = self._compute_targets() if config.loss == "distill" else None
         self._resume()
 
     def run(self, listener: Listener, on_curve: CurveListener) -> FinetuneResult:
         self.model.train()
+        self._choose_attention()
         saved_at = started = time.monotonic() - self.elapsed_s
         saved_at += self.elapsed_s
         while self.step < self.config.steps and self.elapsed_s < 60 * self.config.minutes:
@@ -141,6 +144,7 @@ class _Tuning:
     def close(self) -> None:
         self.elastic.reset()
         self.model.eval()
+        self.model.set_attn_implementation(self.attention)
         for parameter in self.model.parameters():
             parameter.grad = None
             parameter.requires_grad_(True)
@@ -166,14 +170,17 @@ class _Tuning:
     def _loss(self, subnet: SubNetwork, rows: list[int]) -> Tensor:
         model = self.elastic.activate(subnet)
         ids, labels = self.examples.ids[rows].to(model.device), self.examples.labels[rows].to(model.device)
-        hidden = model.model(ids, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
+        hidden = final_states(model, ids).flatten(0, 1)
         wanted = labels[:, 1:].flatten()
-        head = model.lm_head.weight
         if self.targets is None:
-            return cross_entropy(hidden, wanted, head)
+            return cross_entropy(hidden, wanted, model.lm_head.weight)
         counted = wanted != IGNORED
-        target = self.targets[rows].to(model.device).flatten(0, 1)
-        return distillation(hidden[counted], target[counted], head.detach(), self.config.temperature)
+        target = self.targets.states[rows].to(model.device).flatten(0, 1)
+        head = model.lm_head.weight.detach()[self.targets.vocabulary(rows).to(model.device)]
+        return distillation(hidden[counted], target[counted], head, self.config.temperature)
+
+    def _compute_targets(self) -> Targets:
+        return load_or_compute(self.model, self.examples.ids, self.config.batch, self.identity, self.folder)
 
     def _next_rows(self) -> list[int]:
         """Indices of the next batch; every example once before any comes again."""
@@ -191,6 +198,10 @@ class _Tuning:
         fit = pace * 60 * self.config.minutes
         return max(self.step, min(self.config.steps, int(min(fit, 1e9))))
 
+    def _choose_attention(self) -> None:
+        if self.model.device.type == "cpu" and self.examples.ids.shape[1] <= SHORT:
+            self.model.set_attn_implementation("eager")
+
     def _choose_parameters(self) -> list[torch.nn.Parameter]:
         """Freeze what is not trained. Distilling compares states before one head, so that stays."""
         trains_outer = self.config.train_embeddings and self.config.loss != "distill"
@@ -198,22 +209,6 @@ class _Tuning:
         for parameter in self.model.parameters():
             parameter.requires_grad_(trains_outer or id(parameter) in inner)
         return [p for p in self.model.parameters() if p.requires_grad]
-
-    def _targets(self) -> Tensor:
-        """The original's states before the head (examples, length - 1, hidden), kept for a resumed run."""
-        path = None if self.folder is None else self.folder / "targets.pt"
-        if path is not None and path.is_file():
-            kept = torch.load(path, weights_only=True)
-            if kept["identity"] == self.identity:
-                targets: Tensor = kept["targets"]
-                return targets
-        targets = final_states(self.model, self.examples.ids, self.config.batch)
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            scratch = path.with_suffix(".tmp")
-            torch.save({"identity": self.identity, "targets": targets}, scratch)
-            scratch.replace(path)
-        return targets
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -247,20 +242,10 @@ class _Tuning:
         )
 
 
-@torch.no_grad()
-def final_states(model: PreTrainedModel, ids: Tensor, batch: int) -> Tensor:
-    """States before the head (examples, length - 1, hidden) of every position but the last."""
-    parts = [
-        model.model(rows.to(model.device), use_cache=False).last_hidden_state[:, :-1].cpu()
-        for rows in torch.split(ids, batch)
-    ]
-    return torch.cat(parts)
-
-
 def discard_checkpoint(folder: Path) -> None:
     """Free the disk once the super-network is saved."""
     remove_checkpoint(folder)
-    (folder / "targets.pt").unlink(missing_ok=True)
+    (folder / targets.NAME).unlink(missing_ok=True)
 
 
 def _identity(space: SearchSpace, config: FinetuneConfig, examples: Examples) -> str:
