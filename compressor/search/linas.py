@@ -149,7 +149,7 @@ class Linas(RoundSearch):
         rng: np.random.Generator,
     ) -> Genes:
         inside = self.problem.comparable(outcomes)
-        front = np.array([self.problem.costs(o) for o in inside]).reshape(len(inside), -1)
+        front = np.array([self.problem.costs(o) for o in inside]).reshape(-1, len(self.problem.objectives))
         scale = np.array([self.problem.costs(o) for o in outcomes])
         deviations = np.zeros_like(fresh.costs)
         if self.acquisition == "ehvi":

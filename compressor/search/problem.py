@@ -54,7 +54,8 @@ class ExactConstraint:
     scale: float = 1.0
 
     def written(self, value: float) -> str:
-        return f"{value / self.scale:.6g} {self.unit}".rstrip()
+        """The value in ``unit``, rounded up to three decimals so that it can be given as a budget."""
+        return f"{math.ceil(value / self.scale * 1000) / 1000:.12g} {self.unit}".rstrip()
 
 
 @dataclass(frozen=True)

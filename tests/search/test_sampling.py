@@ -1,0 +1,44 @@
+"""First populations are feasible, distinct, spread over size, and hold the extremes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from compressor.search.sampling import first_population, unseen
+from tests.search.synthetic import MIXED, SPACE, int8_bytes, make_problem
+
+
+@pytest.mark.parametrize("space", [SPACE, MIXED])
+@pytest.mark.parametrize("share", [1.0, 0.8, 0.65])
+def test_first_population_is_feasible_distinct_and_stratified(space, share):
+    problem = make_problem(space, share)
+    found = first_population(problem, 20, np.random.default_rng(0))
+    sizes = sorted(int8_bytes(s) for s in found)
+    assert len({s.digest for s in found}) == 20
+    assert all(problem.allows(s) for s in found)
+    assert sizes[0] == int8_bytes(space.smallest)
+    limit = min(problem.constraints[0].limit, int8_bytes(space.full))
+    assert sizes[-1] > limit - 0.03 * int8_bytes(space.full)
+    gaps = np.diff(sizes) / (sizes[-1] - sizes[0])
+    assert gaps.max() < 0.25
+
+
+def test_uniform_widths_are_in_the_first_population():
+    found = first_population(make_problem(), 20, np.random.default_rng(0))
+    assert sum(len(set(s.widths)) == 1 for s in found) >= 6
+
+
+def test_a_small_space_gives_what_it_has():
+    space = type(SPACE)(SPACE.shape, (15, 16), (192,))
+    found = first_population(make_problem(space), 20, np.random.default_rng(0))
+    assert {s.depth for s in found} == {15, 16} and len(found) == 2
+
+
+def test_unseen_never_repeats():
+    problem = make_problem(budget_share=0.8)
+    rng = np.random.default_rng(0)
+    first = unseen(problem, 30, set(), rng)
+    second = unseen(problem, 30, {s.digest for s in first}, np.random.default_rng(0))
+    assert not {s.digest for s in first} & {s.digest for s in second}
+    assert len(first) == len(second) == 30
