@@ -22,7 +22,7 @@ from compressor.engines.paired import time_pair
 from compressor.errors import InputError
 from compressor.measurement import Measurement
 from compressor.profile import Workload
-from compressor.space import Numerics, SubNetwork
+from compressor.space import ModelShape, Numerics, SubNetwork
 
 SCORED_TOKENS = 1024
 """Positions whose logits are computed in one pass when scoring (0.2 GB at a vocabulary of 50k)."""
@@ -100,7 +100,7 @@ class OnnxRuntimeEngine:
                 f"the workload needs {total} tokens of context, the model has "
                 f"{self.export.constants.context_length}: shorten the profile's prompt or output"
             )
-        return OnnxRunner(self.export, candidate, workload)
+        return OnnxRunner(candidate.session, self.export.shape, workload)
 
     def logits(self, candidate: OnnxCandidate, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         """Logits of every position, fp32 [tokens, vocabulary] for ids [tokens], or with a batch axis."""
@@ -136,11 +136,8 @@ class OnnxRuntimeEngine:
     ) -> Measurement:
         """What was timed, with the conditions it was timed under."""
         conditions = {
-            "engine": f"onnxruntime {ort.__version__}",
-            "provider": candidate.session.get_providers()[0],
-            "threads": self.threads,
+            **session_conditions(candidate.session, self.threads),
             "numerics": candidate.numerics,
-            **host_conditions(),
             **watch.marks(),
         }
         peak = candidate.resident_bytes + max(0, working_bytes)
@@ -162,13 +159,23 @@ class OnnxRuntimeEngine:
         return open_session(graph, export.folder, self.threads)
 
 
+def session_conditions(session: ort.InferenceSession, threads: int) -> dict[str, Any]:
+    """Engine, provider and host of figures taken with a session."""
+    return {
+        "engine": f"onnxruntime {ort.__version__}",
+        "provider": session.get_providers()[0],
+        "threads": threads,
+        **host_conditions(),
+    }
+
+
 class OnnxRunner:
     """``bench.Runner`` over a decoder with buffers for one workload."""
 
-    def __init__(self, export: Export, candidate: OnnxCandidate, workload: Workload) -> None:
+    def __init__(self, session: ort.InferenceSession, shape: ModelShape, workload: Workload) -> None:
         capacity = workload.prompt_tokens + workload.output_tokens
-        self._decoder = Decoder(candidate.session, export.shape, workload.concurrency, capacity)
-        self._prompts = random_prompts(export.shape.vocab_size, workload)
+        self._decoder = Decoder(session, shape, workload.concurrency, capacity)
+        self._prompts = random_prompts(shape.vocab_size, workload)
         self._next = self._prompts[:, :1]
 
     def prefill(self) -> None:

@@ -10,9 +10,6 @@ import torch
 
 from compressor.space import QUANT_BLOCK
 
-GRID_4_BITS = (1.0, 0.95, 0.9, 0.85, 0.8)
-"""Shrinkings of a 4-bit block's scale that are tried; the one of least squared error is kept."""
-
 
 def quantize(weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize a matrix of shape [N, K].
@@ -46,23 +43,13 @@ def _scales_8(blocks: torch.Tensor) -> torch.Tensor:
 
 
 def _scales_4(blocks: torch.Tensor) -> torch.Tensor:
-    """The extreme value of a block maps to -8, which has no positive twin; then a small search."""
+    """The extreme value of a block maps to -8, which has no positive twin.
+
+    Choosing scales of least squared error instead made the starter worse: wikitext-2 NLL 3.64
+    against 3.53 (bf16: 3.32), for it shrinks the outliers that matter.
+    """
     low, high = blocks.amin(dim=-1), blocks.amax(dim=-1)
-    extreme = torch.where(high > -low, high, low) / -8
-    best = _nonzero(extreme)
-    least = _squared_error(blocks, best)
-    for shrink in GRID_4_BITS[1:]:
-        trial = _nonzero(extreme * shrink)
-        error = _squared_error(blocks, trial)
-        better = error < least
-        best, least = torch.where(better, trial, best), torch.where(better, error, least)
-    return best
-
-
-def _squared_error(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    step = scales.unsqueeze(-1)
-    rounded = (blocks / step).round_().clamp_(-8, 7).mul_(step)
-    return rounded.sub_(blocks).square_().sum(dim=-1)
+    return _nonzero(torch.where(high > -low, high, low) / -8)
 
 
 def _integers(blocks: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:

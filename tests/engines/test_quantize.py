@@ -14,7 +14,7 @@ from compressor.engines.quantize import dequantize, quantize
     rows=st.integers(1, 5), columns=st.integers(1, 100), bits=st.sampled_from([8, 4]), seed=st.integers(0, 99)
 )
 @settings(max_examples=40, deadline=None)
-def test_no_weight_moves_more_than_half_a_step(rows: int, columns: int, bits: int, seed: int) -> None:
+def test_no_weight_moves_further_than_its_step_allows(rows: int, columns: int, bits: int, seed: int) -> None:
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
     integers, scales = quantize(weight, bits)
     blocks = -(-columns // 32)
@@ -22,8 +22,8 @@ def test_no_weight_moves_more_than_half_a_step(rows: int, columns: int, bits: in
     assert scales.shape == (rows, blocks) and scales.dtype == torch.float32
     error = (dequantize(integers, scales, bits)[:, :columns] - weight).abs()
     step = scales.abs().repeat_interleave(32, dim=1)[:, :columns]
-    # the clipped end of the 4-bit grid may be a step and the shrinking away
-    assert (error <= step * (0.501 if bits == 8 else 2.6)).all()
+    # the positive end of the 4-bit grid is clipped by up to a step
+    assert (error <= step * (0.501 if bits == 8 else 1.001)).all()
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -46,13 +46,3 @@ def test_four_bits_pack_the_first_weight_into_the_low_nibble() -> None:
     integers, scales = quantize(weight, 4)
     assert scales.item() == 1.0
     assert int(integers[0, 0, 0]) == (8 - 8) | (8 + 3) << 4
-
-
-def test_searching_the_scale_lowers_the_error_of_four_bits() -> None:
-    weight = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))
-    blocks = weight.reshape(64, -1, 32)
-    low, high = blocks.amin(-1), blocks.amax(-1)
-    step = (torch.where(high > -low, high, low) / -8).unsqueeze(-1)
-    plain = ((blocks / step).round().clamp(-8, 7) * step).reshape(64, 512)
-    ours = dequantize(*quantize(weight, 4), 4)
-    assert (ours - weight).square().mean() < 0.97 * (plain - weight).square().mean()

@@ -1,0 +1,82 @@
+"""Measuring whatever a user points at: a package, a model, or a running endpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from compressor.engines.memory import peak_bytes, reset_peak, resident_bytes
+from compressor.errors import InputError
+from compressor.manifest import MANIFEST_NAME, check_files, read_manifest
+from compressor.measurement import Measurement
+from compressor.profile import Workload
+
+
+def measure(
+    target: str, workload: Workload, *, threads: int | None = None, max_seconds: float = 10.0
+) -> Measurement:
+    """TTFT, TPOT, throughput and peak memory of ``target`` on a workload.
+
+    ``target``: the URL of an OpenAI endpoint, the folder of a package, or anything that
+    ``models.resolve`` takes (measured in bf16 in PyTorch). Raises ``CompressorError``.
+    """
+    if target.startswith(("http://", "https://")):
+        from compressor.engines.endpoint import bench_endpoint
+
+        return bench_endpoint(target, workload, max_seconds=max_seconds)
+    if (Path(target) / MANIFEST_NAME).is_file():
+        return measure_package(Path(target), workload, threads=threads, max_seconds=max_seconds)
+    return _measure_model(target, workload, threads, max_seconds)
+
+
+def measure_package(
+    folder: Path, workload: Workload, *, threads: int | None = None, max_seconds: float = 10.0
+) -> Measurement:
+    """Measure a package in the engine that serves it. Raises ``PackageError`` for a damaged one."""
+    manifest = read_manifest(folder)
+    if manifest.engine != "onnxruntime":
+        raise InputError(
+            f"{folder} is served by {manifest.engine}: `compress serve {folder}`, then measure its URL"
+        )
+    total = workload.prompt_tokens + workload.output_tokens
+    if total > manifest.context_length:
+        raise InputError(
+            f"the workload needs {total} tokens of context, {folder} has {manifest.context_length}: "
+            "shorten the profile's prompt or output"
+        )
+    check_files(folder, manifest)
+    return _measure_onnx(folder, workload, manifest.numerics, threads, max_seconds)
+
+
+def _measure_onnx(
+    folder: Path, workload: Workload, numerics: str, threads: int | None, max_seconds: float
+) -> Measurement:
+    from compressor.engines.bench import summarise, time_workload
+    from compressor.engines.host import HostWatch
+    from compressor.engines.onnx_session import usable_cores
+    from compressor.engines.onnx_verify import open_package
+    from compressor.engines.onnxruntime import OnnxRunner, session_conditions
+
+    before, watch = resident_bytes(), HostWatch()
+    reset_peak()
+    session, shape = open_package(folder, threads)
+    timings = time_workload(OnnxRunner(session, shape, workload), workload, max_seconds=max_seconds)
+    conditions = {
+        **session_conditions(session, threads or usable_cores()),
+        "numerics": numerics,
+        **watch.marks(),
+    }
+    peak = max(0, peak_bytes() - before)
+    return summarise(timings, workload, peak_memory_bytes=peak, conditions=conditions)
+
+
+def _measure_model(target: str, workload: Workload, threads: int | None, max_seconds: float) -> Measurement:
+    import torch
+
+    from compressor import models
+    from compressor.engines.pytorch import bench_pytorch
+
+    source = models.resolve(target)
+    if threads:
+        torch.set_num_threads(threads)
+    model = models.load(source, torch.bfloat16).model
+    return bench_pytorch(model, workload, max_seconds=max_seconds)
