@@ -116,7 +116,7 @@ class Wizard(App[None]):
     async def look_at_model(self) -> None:
         """Learn the chosen model's shape; what is wrong with it, the model step says itself."""
         try:
-            self.model = await self.probe.model(str(self.choices.flags.get("model", "starter")))
+            self.model = await self.probe.model(str(self.choices.value("model")))
         except CompressorError:
             self.model = None
         self._tell_screen()

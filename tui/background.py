@@ -62,7 +62,7 @@ class BackgroundRun:
             ) from error
         with log:
             child = subprocess.Popen(
-                [sys.executable, "-m", "compressor.cli", *choices.arguments()],
+                [sys.executable, "-P", "-m", "compressor.cli", *choices.arguments()],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

@@ -52,7 +52,17 @@ class Endpoint:
         """Start the server. Raises ``InputError`` if the port is taken."""
         refuse_taken_port(self.port)
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
-        command = [sys.executable, "-m", "serve", str(self.package), "--host", HOST, "--port", str(self.port)]
+        command = [
+            sys.executable,
+            "-P",
+            "-m",
+            "serve",
+            str(self.package),
+            "--host",
+            HOST,
+            "--port",
+            str(self.port),
+        ]
         if self.key:
             command += ["--api-key", self.key]
         self._process = subprocess.Popen(

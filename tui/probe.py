@@ -14,6 +14,7 @@ from typing import Any
 
 from compressor.device import Machine
 from compressor.errors import CompressorError, InputError
+from compressor.request import RunRequest
 from tui import facts
 
 
@@ -27,13 +28,15 @@ class Probe:
         """Raises ``InputError`` if there is no such model or it cannot be used."""
         return facts.model_from_dict(await self._ask("model", {"source": source}))
 
-    async def plan(self, flags: dict[str, Any], parent: Path) -> facts.PlanFacts:
+    async def plan(self, request: RunRequest, parent: Path) -> facts.PlanFacts:
         """Raises ``InputError`` with what stands in the run's way."""
-        return facts.plan_from_dict(await self._ask("plan", {"flags": flags, "parent": str(parent)}))
+        return facts.plan_from_dict(
+            await self._ask("plan", {"request": request.model_dump(mode="json"), "parent": str(parent)})
+        )
 
     async def _ask(self, question: str, details: dict[str, Any]) -> dict[str, Any]:
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "tui.probe", question, json.dumps(details)),
+            *(sys.executable, "-P", "-m", "tui.probe", question, json.dumps(details)),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
@@ -88,12 +91,12 @@ def answer_model(source: str) -> dict[str, Any]:
     )
 
 
-def answer_plan(flags: dict[str, Any], parent: str) -> dict[str, Any]:
-    from compressor import device, request
+def answer_plan(request: dict[str, Any], parent: str) -> dict[str, Any]:
+    from compressor import device
     from compressor.pipeline.plan import make_plan
     from compressor.space import parameter_count
 
-    plan = make_plan(request.fresh(flags), device.detect(), Path(parent))
+    plan = make_plan(RunRequest.model_validate(request), device.detect(), Path(parent))
     return facts.to_dict(
         facts.PlanFacts(
             model=plan.source.name,

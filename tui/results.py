@@ -11,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 from compressor.engines.memory import required_memory_bytes
 from compressor.errors import CompressorError, InputError, RunConflictError
 from compressor.ledger import open_ledger
-from compressor.profile import Budgets, Profile
+from compressor.profile import Budgets
 from compressor.report.analysis import front_candidates
 from compressor.report.data import Candidate, ReportData
 from compressor.request import RunRequest, stored_request
@@ -92,12 +92,14 @@ class Results:
     def winner_digest(self) -> str | None:
         return self.data.winner.subnet.digest if self.data.winner else None
 
-    def picks(self, profile: Profile | None = None) -> list[Pick]:
-        """The front, the smallest first, judged by a profile's budgets (the run's own unless given)."""
-        budgets = (profile or self.request.profile).budgets
-        return [self._pick(c, budgets) for c in front_candidates(self.data)]
+    def picks(self, budgets: Budgets | None = None, also: str | None = None) -> list[Pick]:
+        """The front, and the sub-network of digest ``also``, judged by budgets (the run's own by default)."""
+        limits = budgets or self.request.profile.budgets
+        front = front_candidates(self.data)
+        extra = [c for c in self.data.candidates if c.subnet.digest == also and c not in front]
+        return [self._pick(c, limits) for c in [*front, *extra]]
 
-    def what_if(self, memory_gib: float, ttft_ms: float, tpot_ms: float) -> WhatIf:
+    def what_if(self, budgets: Budgets) -> WhatIf:
         """What the run's own rule picks under other budgets, from what was evaluated."""
         from compressor.search.front import choose_winner
         from compressor.search.problem import Outcome
@@ -105,7 +107,11 @@ class Results:
         outcomes = [
             Outcome(c.subnet, self._values(c)) for c in self.data.candidates if c.accuracy and c.speed
         ]
-        limits = {"memory_bytes": memory_gib * 2**30, "ttft_ms": ttft_ms, "tpot_ms": tpot_ms}
+        limits = {
+            "memory_bytes": float(budgets.memory_bytes),
+            "ttft_ms": budgets.ttft_ms,
+            "tpot_ms": budgets.tpot_ms,
+        }
         if self.shape is None:
             return WhatIf(None, "the model is still being looked at: wait a moment")
         try:

@@ -10,6 +10,7 @@ from textual.containers import Vertical, VerticalScroll
 from textual.widgets import DataTable, Static, TabbedContent, TabPane
 
 from compressor.errors import CompressorError
+from compressor.profile import Budgets
 from compressor.report import wording
 from compressor.report.data import Score, Speed
 from compressor.request import AGREEMENT
@@ -60,9 +61,12 @@ class ChooseStep(Step):
     def __init__(self) -> None:
         super().__init__()
         self.results: Results | None = None
+        self.written = 0.0
         self.picks: list[Pick] = []
         self.sort = 0
         self.view = VIEWS[0]
+        self.budgets: Budgets | None = None
+        self.also: str | None = None
 
     def content(self) -> ComposeResult:
         with Vertical(id="choose-top"):
@@ -154,11 +158,13 @@ class ChooseStep(Step):
             return
         self.written = self._modified()
         self.say("")
-        budgets = self.results.request.profile.budgets.model_dump()
+        own = self.results.request.profile.budgets.model_dump()
         for _, name, _ in WHAT_IF:
-            self.query_one(f"#field-{name}", Field).show(budgets[name])
+            self.query_one(f"#field-{name}", Field).show(own[name])
+        self.budgets, self.also = None, None
         self._fill_table(self.results.winner_digest)
         self._pick_again()
+        self.query_one("#table").focus()
 
     def _reread_if_written(self) -> None:
         """Read the results again if the run wrote new ones since."""
@@ -173,7 +179,7 @@ class ChooseStep(Step):
     def _fill_table(self, selected: str | None) -> None:
         assert self.results is not None
         name, key = SORTS[self.sort]
-        self.picks = sorted(self.results.picks(), key=key)
+        self.picks = sorted(self.results.picks(self.budgets, self.also), key=key)
         table = self.query_one("#table", DataTable)
         table.clear()
         for pick in self.picks:
@@ -185,7 +191,6 @@ class ChooseStep(Step):
         digests = [pick.digest for pick in self.picks]
         if selected in digests:
             table.move_cursor(row=digests.index(selected))
-        table.focus()
         self._show_selected()
 
     def _show_selected(self) -> None:
@@ -235,16 +240,15 @@ class ChooseStep(Step):
         if self.results is None or None in fields.values():
             verdict.update("Give all three budgets.")
             return
-        answer = self.results.what_if(**{name: float(value or 0) for name, value in fields.items()})
-        digests = [pick.digest for pick in self.picks]
-        if answer.digest in digests:
-            self.query_one("#table", DataTable).move_cursor(row=digests.index(answer.digest))
-            same = answer.digest == self.results.winner_digest
-            verdict.update(
-                "The run's own choice (★)." if same else "Picked in the table: not the run's own choice."
-            )
-        else:
-            verdict.update(answer.text or "A sub-network that is not on the front for the run's own budgets.")
+        self.budgets = Budgets(**{name: float(value or 0) for name, value in fields.items()})
+        answer = self.results.what_if(self.budgets)
+        self.also = answer.digest
+        self._fill_table(answer.digest or (self.selected.digest if self.selected else None))
+        same = answer.digest == self.results.winner_digest
+        picked = (
+            "The run's own choice (★)." if same else "Picked in the table; it is not the run's own choice."
+        )
+        verdict.update(answer.text or picked)
 
 
 def cells(pick: Pick, num_layers: int) -> tuple[str, ...]:

@@ -59,7 +59,7 @@ class DeviceStep(Step):
 
     def on_option_list_option_highlighted(self, event: OptionList.OptionHighlighted) -> None:
         name = str(event.option.id)
-        if self.wizard.choices.flags.get("profile") == name:
+        if self.wizard.choices.value("profile") == name:
             return
         overrides = {field: None for _, field, _, _ in FIELDS}
         self.wizard.choices = self.wizard.choices.but(profile=name, **overrides)
@@ -79,17 +79,31 @@ class DeviceStep(Step):
         return next((f.error for f in self.query(Field) if f.error), "") or self._fault()
 
     def _list_profiles(self, machine: Machine) -> None:
-        fit = {p.name: fits(p, machine) for p in load_profiles()}
-        self.profiles = sorted(load_profiles(), key=lambda p: (not fit[p.name].ok, p.device.memory_gib))
+        shipped = load_profiles()
+        own = self._own_profile([p.name for p in shipped])
+        fit = {p.name: fits(p, machine) for p in (*own, *shipped)}
+        by_memory = sorted(shipped, key=lambda p: (not fit[p.name].ok, p.device.memory_gib))
+        self.profiles = [*own, *by_memory]
         self.query_one("#machine", Static).update(machine_lines(machine))
-        chosen = self.wizard.choices.flags.get("profile")
-        if chosen not in fit:
+        chosen = self.wizard.choices.value("profile")
+        if chosen is None:
             chosen = next((p.name for p in self.profiles if fit[p.name].ok), self.profiles[0].name)
             self.wizard.choices = self.wizard.choices.but(profile=chosen)
+        names = {p.name: str(chosen) if p in own else p.name for p in self.profiles}
         options = self.query_one("#profiles", OptionList)
-        options.add_options(Option(profile_line(p, fit[p.name]), id=p.name) for p in self.profiles)
+        options.add_options(Option(profile_line(p, fit[p.name]), id=names[p.name]) for p in self.profiles)
         options.highlighted = options.get_option_index(str(chosen))
         options.focus()
+
+    def _own_profile(self, shipped: list[str]) -> list[Profile]:
+        """The profile of the choices, where it is not one of those that come with the program."""
+        if self.wizard.choices.value("profile") is None:
+            return []
+        try:
+            profile = self.wizard.choices.request().profile
+        except CompressorError:
+            return []
+        return [] if profile.name in shipped else [profile]
 
     def _show_choices(self) -> None:
         try:

@@ -67,16 +67,16 @@ class ModelStep(Step):
             yield Field("Data", "train_data", placeholder="Alpaca JSON(L), text file or hub id")
 
     def refresh_facts(self) -> None:
-        flags = self.wizard.choices.flags
-        model = str(flags.get("model", "starter"))
-        tasks = str(flags.get("tasks", AGREEMENT))
+        asked = self.wizard.choices.value
+        model = str(asked("model"))
+        tasks = str(asked("tasks") or AGREEMENT)
         press(self, "source", source_kind(model) if self.pressed("source") in ("", "starter") else "")
         press(self, "accuracy", tasks if tasks in ("agreement", "paper") else "tasks")
-        press(self, "training", "own" if flags.get("train_data") else self.pressed("training") or "free")
+        press(self, "training", "own" if asked("train_data") else self.pressed("training") or "free")
         self._field("model").show(None if model == "starter" else model)
         self._field("tasks").show(None if tasks in ("agreement", "paper") else tasks)
         for name in ("task_data", "limit", "num_fewshot", "train_data"):
-            self._field(name).show(flags.get(name))
+            self._field(name).show(asked(name))
         self._lay_out()
         if self.wizard.model is not None and self.checked != model:
             self.checked = model
@@ -130,7 +130,7 @@ class ModelStep(Step):
 
     def _choose_model(self, model: object) -> None:
         self.fault = ""
-        if model in (None, self.wizard.choices.flags.get("model")):
+        if model in (None, self.wizard.choices.value("model")):
             return
         self.wizard.choices = self.wizard.choices.but(model=model).in_folder(None)
         self.wizard.model = None

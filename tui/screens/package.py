@@ -119,7 +119,7 @@ class PackageStep(Step):
     async def _command(self, *arguments: str) -> None:
         """Run a verb of the command line and show its lines. Raises ``PackageError`` with its complaint."""
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "compressor.cli", *arguments),
+            *(sys.executable, "-P", "-m", "compressor.cli", *arguments),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,

@@ -13,7 +13,6 @@ from textual.containers import Vertical, VerticalScroll
 from textual.widgets import RadioSet, Static
 
 from compressor.errors import CompressorError
-from compressor.presets import PRESETS
 from compressor.runfolder import RunFolder
 from tui import words
 from tui.background import refuse_unusable
@@ -45,7 +44,7 @@ class PlanStep(Step):
 
     def __init__(self) -> None:
         super().__init__()
-        self.asked: object = None
+        self.asked = ""
         self.facts: PlanFacts | None = None
         self.fault = ""
 
@@ -64,7 +63,7 @@ class PlanStep(Step):
 
     def refresh_facts(self) -> None:
         choices = self.wizard.choices
-        press(self, "preset", str(choices.flags.get("preset", "standard")))
+        press(self, "preset", str(choices.value("preset")))
         self._show_effort()
         self._show_line()
         self._ask_if_changed()
@@ -108,10 +107,13 @@ class PlanStep(Step):
         self._ask_if_changed()
 
     def _show_effort(self) -> None:
-        flags = self.wizard.choices.flags
-        preset = PRESETS[str(flags.get("preset", "standard"))]
-        self._field("evaluations").show(flags.get("evaluations", preset.evaluations))
-        self._field("tuning_minutes").show(flags.get("tuning_minutes", preset.tuning_minutes))
+        try:
+            effort = self.wizard.choices.request().effort
+        except CompressorError as error:
+            self.say(str(error), "error")
+            return
+        self._field("evaluations").show(effort.evaluations)
+        self._field("tuning_minutes").show(effort.tuning_minutes)
 
     def _show_line(self) -> None:
         try:
@@ -123,7 +125,7 @@ class PlanStep(Step):
 
     def _ask_if_changed(self) -> None:
         """Make the plan anew if it was made for other choices."""
-        asked = dict(self.wizard.choices.flags)
+        asked = self._request_text()
         if asked == self.asked:
             return
         self.asked, self.facts, self.fault = asked, None, ""
@@ -135,7 +137,7 @@ class PlanStep(Step):
         await asyncio.sleep(TYPING_PAUSE_S / 2)
         choices = self.wizard.choices
         try:
-            self.facts = await self.wizard.probe.plan(dict(choices.flags), choices.run_folder)
+            self.facts = await self.wizard.probe.plan(choices.request(), choices.run_folder)
         except CompressorError as error:
             self.fault = str(error)
             self.query_one("#figures", Static).update("It cannot be done like this.")
@@ -143,6 +145,13 @@ class PlanStep(Step):
             return
         self.say("")
         self.query_one("#figures", Static).update(plan_lines(self.facts))
+
+    def _request_text(self) -> str:
+        """The request as text, to see whether it is another one."""
+        try:
+            return self.wizard.choices.request().model_dump_json()
+        except CompressorError as error:
+            return str(error)
 
     def _folder_fault(self) -> str:
         folder = RunFolder(self.wizard.choices.run_folder)

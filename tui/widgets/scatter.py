@@ -68,14 +68,16 @@ class Scatter(Vertical):
     def _draw(self, plot: _Plot, chart: Chart) -> None:
         dots = [dot for name, *_ in MARKS for dot in getattr(chart, name)]
         plot.clear()
-        xs = [x for x, _ in dots] + ([chart.budget_x] if chart.budget_x is not None else [])
+        xs = [x for x, _ in dots]
+        budget = chart.budget_x if chart.budget_x is not None and near(chart.budget_x, xs) else None
+        xs += [budget] if budget is not None else []
         plot.set_xlimits(*padded(xs))
         low, high = padded([y for _, y in dots])
         plot.set_ylimits(low, high)
         rows = max(2, (self.size.height - FRAME_ROWS) // 2)
         plot.set_yticks(NumericAxisFormatter().get_ticks(low, high, max_ticks=rows))
-        if chart.budget_x is not None:
-            plot.add_v_line(chart.budget_x, line_style=BUDGET_STYLE)
+        if budget is not None:
+            plot.add_v_line(budget, line_style=BUDGET_STYLE)
         if len(chart.front) > 1:
             plot.plot(*columns(chart.front), line_style="green", hires_mode=HiResMode.BRAILLE)
         for name, mark, style, _ in MARKS:
@@ -91,9 +93,19 @@ def title(chart: Chart) -> Content:
         for name, mark, style, text in MARKS
         if getattr(chart, name)
     ]
-    if chart.budget_x is not None:
-        key.append(Content.assemble(("│", f"ansi_{BUDGET_STYLE}"), " budget"))
+    if chart.budget_x is not None and not chart.empty:
+        dots = [x for name, *_ in MARKS for x, _ in getattr(chart, name)]
+        mark = "│" if near(chart.budget_x, dots) else "→" if chart.budget_x > max(dots) else "←"
+        key.append(Content.assemble((mark, f"ansi_{BUDGET_STYLE}"), " budget"))
     return Content.assemble((chart.title, "bold"), "   ", Content("  ").join(key))
+
+
+def near(x: float, others: list[float]) -> bool:
+    """Whether a line at ``x`` can be drawn without squeezing the dots into a corner."""
+    if not others:
+        return False
+    low, high = min(others), max(others)
+    return low - (high - low) <= x <= high + (high - low)
 
 
 def padded(values: list[float]) -> tuple[float, float]:
