@@ -33,6 +33,9 @@ PackageArgument = Annotated[Path, typer.Argument(metavar="PACKAGE", help="Packag
 
 def main() -> None:
     """Entry point: run a verb; turn errors into one line and an exit code."""
+    os.environ.setdefault(
+        "OMP_WAIT_POLICY", "PASSIVE"
+    )  # spinning threads starve each other on a busy machine
     debug = "--debug" in sys.argv
     try:
         app(standalone_mode=False, args=[a for a in sys.argv[1:] if a != "--debug"])
@@ -90,6 +93,12 @@ def compress(
     evaluations: Annotated[int | None, typer.Option(help="Sub-networks to evaluate and measure.")] = None,
     tuning_minutes: Annotated[float | None, typer.Option(help="Longest fine-tuning, minutes.")] = None,
     tuning_steps: Annotated[int | None, typer.Option(help="Fine-tuning steps, at most.")] = None,
+    text_sequences: Annotated[
+        int | None, typer.Option(help="Texts the unpruned model writes to tune on.")
+    ] = None,
+    score_sequences: Annotated[int | None, typer.Option(help="Texts that agreement is scored on.")] = None,
+    sequence_length: Annotated[int | None, typer.Option(help="Length of those texts, tokens.")] = None,
+    bench_seconds: Annotated[float | None, typer.Option(help="Longest measurement of a candidate.")] = None,
     algorithm: Annotated[str, typer.Option(help="linas, published, nsga2 or random.")] = "",
     threads: Annotated[
         int | None, typer.Option(help="CPU threads of the engine [default: all cores].")
@@ -120,6 +129,8 @@ def compress(
         if name not in ("resume", "run", "version") and value not in ("", None)
     }
     if not asked and run is None:
+        if sys.stdin.isatty() and sys.stdout.isatty():
+            tui(None)
         print(context.get_help())
         return
     run_pipeline(asked, run, resume)
@@ -220,6 +231,12 @@ def serve(
 
 
 @app.command()
+def tui(run: Annotated[Path | None, typer.Argument(help="Run folder to attach to.")] = None) -> None:
+    """Open the wizard: the same steps, led through on screen."""
+    os.execv(sys.executable, [sys.executable, "-m", "tui", *([str(run)] if run else [])])
+
+
+@app.command()
 def ask(
     package: PackageArgument,
     question: Annotated[str, typer.Argument(help="What to ask.")],
@@ -251,6 +268,22 @@ def replan(
 
     choice = pick_again(run, memory_gib=memory_budget, ttft_ms=ttft_budget, tpot_ms=tpot_budget)
     choice.print(Console())
+
+
+@app.command()
+def package(
+    run: RunArgument,
+    pick: Annotated[str, typer.Option(help="best, smallest, fastest, or a sub-network's digest.")] = "best",
+    out: Annotated[Path | None, typer.Option(help="Folder to write [default: RUN/package-PICK].")] = None,
+) -> None:
+    """Package another sub-network of a finished run's front."""
+    from compressor.console import terminal_listener
+    from compressor.pipeline.run import package_pick
+
+    console = Console()
+    with terminal_listener(console) as listener:
+        folder = package_pick(run, pick, out, listener)
+    console.print(f"serve it:  compress serve {folder}", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()

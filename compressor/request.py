@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -17,7 +18,7 @@ from compressor.runfolder import RUN_FILE, RunFolder
 Algorithm = Literal["linas", "published", "nsga2", "random"]
 AGREEMENT = "agreement"
 DEFAULT_PROFILE = "auto"
-EFFORT_FLAGS = ("evaluations", "tuning_minutes", "tuning_steps")
+EFFORT_FLAGS = tuple(field.name for field in fields(Effort))
 BUDGET_FLAGS = {"memory_budget": "memory_gib", "ttft_budget": "ttft_ms", "tpot_budget": "tpot_ms"}
 WORKLOAD_FLAGS = ("prompt_tokens", "output_tokens", "concurrency")
 PLAIN_FLAGS = ("model", "num_fewshot", "limit", "train_data", "threads", "seed")

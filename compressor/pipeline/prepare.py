@@ -19,8 +19,9 @@ from compressor.pipeline.context import Context, Result, run_stage
 from compressor.pipeline.plan import Plan
 from compressor.runfolder import replace_folder
 from compressor.space import SearchSpace
+from compressor.supernet.data import Examples, load_training_data
 from compressor.supernet.elastic import Elastic
-from compressor.supernet.finetune import Examples, FinetuneConfig, discard_checkpoint, finetune
+from compressor.supernet.finetune import FinetuneConfig, discard_checkpoint, finetune
 from compressor.supernet.folder import SupernetInfo, read_info, save_supernet, weights_hash
 from compressor.supernet.importance import rank, sort_neurons
 from compressor.supernet.sampling import sample_text
@@ -144,8 +145,6 @@ def _tune(context: Context, plan: Plan) -> Result:
 
 
 def _examples(context: Context, loaded: LoadedModel) -> Examples:
-    from compressor.supernet.data import load_training_data
-
     return load_training_data(
         context.request.train_data, loaded.tokenizer, context.request.effort.sequence_length
     )

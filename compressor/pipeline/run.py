@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from compressor.events import Listener, RunFinished, StageFinished, StageProgres
 from compressor.ledger import open_ledger
 from compressor.measurement import Measurement
 from compressor.pipeline.accuracy import AccuracyTask, check_tasks, make_accuracy_task
-from compressor.pipeline.candidates import Evaluator, Terms
+from compressor.pipeline.candidates import Evaluator, Terms, known_outcomes
 from compressor.pipeline.context import Context, Result, logged, run_stage
 from compressor.pipeline.deliver import package
 from compressor.pipeline.plan import Plan, make_plan
@@ -28,15 +30,16 @@ from compressor.pipeline.references import ReferenceSet
 from compressor.pipeline.report_data import collect
 from compressor.pipeline.searching import make_problem, search
 from compressor.pipeline.verdict import Verdict
-from compressor.pipeline.winner import FINAL_SECONDS_FACTOR, Finalist, decide
+from compressor.pipeline.winner import FINAL_SECONDS_FACTOR, Finalist, decide, finish
 from compressor.report.data import ReportData
 from compressor.report.html import report as write_page
-from compressor.request import RunRequest
+from compressor.request import RunRequest, stored_request
 from compressor.runfolder import RunFolder, write_json
+from compressor.search.front import pareto_front
 from compressor.search.problem import Outcome, Problem
 from compressor.space import SearchSpace, SubNetwork
 from compressor.supernet.elastic import Elastic
-from compressor.supernet.folder import SupernetInfo, load_supernet
+from compressor.supernet.folder import SupernetInfo, load_supernet, read_info
 
 
 class Workshop:
@@ -215,3 +218,46 @@ def write_report(path: Path) -> Verdict:
         ) from None
     write_page(data, folder.report)
     return Verdict(path, data)
+
+
+def package_pick(path: Path, pick: str, out: Path | None, listener: Listener) -> Path:
+    """Package another sub-network of a finished run: its digest, or best, smallest or fastest.
+
+    Raises ``InputError`` for a pick that the run does not know, or a folder that exists.
+    """
+    folder = RunFolder.open_existing(path)
+    target = out or path / f"package-{pick}"
+    if target.exists():
+        raise InputError(f"{target} exists: delete it, or choose another folder with --out")
+    request = stored_request(folder)
+    with folder.locked(), open_ledger(folder.ledger) as ledger:
+        machine = device.detect()
+        context = Context(folder, request, ledger, machine, listener)
+        plan = make_plan(request, machine, path)
+        info = read_info(folder.supernet)
+        space = replace(plan.space, drop_order=info.drop_order)
+        workshop = Workshop(context, plan, info, space)
+        outcome = picked(workshop.problem, known_outcomes(ledger, workshop.terms), pick)
+        finalist = finish(context, workshop.terms, workshop.engine, workshop.task, outcome)
+        package(context, plan, workshop.engine, workshop.task, finalist, target)
+        for line in verify_package(target):
+            context.say(line)
+    return target
+
+
+def picked(problem: Problem, outcomes: Sequence[Outcome], pick: str) -> Outcome:
+    """The outcome that ``pick`` names. Raises ``InputError``."""
+    front = pareto_front(problem, outcomes)
+    rules: dict[str, Callable[[Outcome], float]] = {
+        "best": lambda o: o.values["accuracy"],
+        "smallest": lambda o: -o.values["weight_bytes"],
+        "fastest": lambda o: o.values["throughput_tok_s"],
+    }
+    if pick in rules and front:
+        return max(front, key=rules[pick])
+    for outcome in outcomes:
+        if outcome.subnet.digest == pick:
+            return outcome
+    raise InputError(
+        f"the run has no sub-network '{pick}': use {', '.join(rules)}, or a digest of `compress replan`"
+    )

@@ -1,0 +1,198 @@
+"""The whole way on a tiny model: a run, its package, its resumption, its second thoughts."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from compressor.ledger import Ledger, Row
+from compressor.manifest import read_manifest
+
+PROFILE = """
+name = "tiny-cpu"
+[device]
+kind = "cpu"
+memory_gib = 0.5
+[budgets]
+memory_gib = 0.4
+ttft_ms = 60000
+tpot_ms = 60000
+[workload]
+prompt_tokens = 16
+output_tokens = 8
+[space]
+depth_fractions = [0.5, 0.75, 1.0]
+width_fractions = [0.5, 0.75, 1.0]
+"""
+SMALL = (
+    *("--preset", "quick", "--tuning-steps", "4", "--text-sequences", "16", "--score-sequences", "8"),
+    *("--sequence-length", "32", "--bench-seconds", "0.05"),
+)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("home")
+    (folder / "tiny.toml").write_text(PROFILE)
+    return folder
+
+
+def command(home: Path, model: Path, run: str, evaluations: int, *more: str) -> list[str]:
+    asked = ["--profile", str(home / "tiny.toml"), "--model", str(model), "--run", str(home / run)]
+    effort = [*SMALL, "--evaluations", str(evaluations)]
+    return [sys.executable, "-m", "compressor.cli", *asked, *effort, *more]
+
+
+def compress(*args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "compressor.cli", *args], capture_output=True, text=True, timeout=300
+    )
+
+
+def ledger_rows(run: Path) -> list[Row]:
+    ledger = Ledger(run / "ledger.sqlite")
+    rows = ledger.rows()
+    ledger.close()
+    return rows
+
+
+@pytest.fixture(scope="module")
+def finished(home: Path, tiny_model_folder: Path) -> Path:
+    """A run of 10 evaluations, finished."""
+    result = subprocess.run(
+        command(home, tiny_model_folder, "run", 10), capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr
+    assert "every budget met" in result.stdout
+    assert "compress serve" in result.stdout and "compress ask" in result.stdout
+    return home / "run"
+
+
+def test_a_run_ends_with_a_whole_package_and_a_report(finished: Path) -> None:
+    manifest = read_manifest(finished / "package")
+    assert manifest.engine == "onnxruntime" and manifest.numerics == "int8"
+    assert all(budget.met for budget in manifest.budgets)
+    assert 0 <= manifest.accuracy[0].low <= manifest.accuracy[0].value <= manifest.accuracy[0].high <= 1
+    assert manifest.speed[0].tpot_ms > 0
+    assert "<svg" in (finished / "report" / "index.html").read_text()
+    assert (finished / "report" / "front_size.png").read_bytes().startswith(b"\x89PNG")
+    verified = compress("verify", str(finished / "package"))
+    assert verified.returncode == 0, verified.stderr
+
+
+def test_the_front_carries_the_unpruned_model_in_three_numerics(finished: Path) -> None:
+    front = json.loads((finished / "front.json").read_text())
+    assert [r["numerics"] for r in front["references"]] == ["bf16", "int8", "int4"]
+    assert all(r["speed"]["tpot_ms"] > 0 for r in front["references"])
+    assert front["references"][0]["accuracy"]["value"] == 1.0
+    assert len(front["candidates"]) == 10
+
+
+def test_nothing_is_paid_for_twice_when_a_finished_run_goes_on(
+    finished: Path, home: Path, tiny_model_folder: Path
+) -> None:
+    before = ledger_rows(finished)
+    more = command(home, tiny_model_folder, "run", 13, "--resume")
+    subprocess.run(more, check=True, capture_output=True, timeout=300)
+    after = ledger_rows(finished)
+    searched = [
+        row for row in after if row.key.task == "measure" and row.key.weights == after[-1].key.weights
+    ]
+    assert [row.id for row in before] == [row.id for row in after[: len(before)]]
+    assert len(searched) == 13
+    assert len({row.key for row in after}) == len(after)
+
+
+def test_a_run_killed_in_mid_search_resumes_without_paying_twice(home: Path, tiny_model_folder: Path) -> None:
+    asked = command(home, tiny_model_folder, "killed", 12)
+    run = home / "killed"
+    process = subprocess.Popen(asked, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline:
+        if (run / "ledger.sqlite").exists() and len(ledger_rows(run)) >= 15:
+            break
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    before = ledger_rows(run)
+    assert 15 <= len(before) < 8 + 2 * 12
+    resumed = subprocess.run([*asked, "--resume"], capture_output=True, text=True, timeout=300)
+    assert resumed.returncode == 0, resumed.stderr
+    after = ledger_rows(run)
+    assert [(row.id, row.created_at) for row in before] == [
+        (row.id, row.created_at) for row in after[: len(before)]
+    ]
+    weights = read_supernet_hash(run)
+    tasks = [row.key.task for row in after if row.key.weights == weights and row.key.task == "measure"]
+    assert len(tasks) == 12
+
+
+def read_supernet_hash(run: Path) -> str:
+    return str(json.loads((run / "supernet" / "supernet.json").read_text())["weights_hash"])
+
+
+def test_another_budget_picks_again_from_the_ledger(finished: Path) -> None:
+    before = ledger_rows(finished)
+    result = compress("replan", str(finished), "--tpot-budget", "0.000001")
+    assert result.returncode == 0, result.stderr
+    assert "nothing evaluated meets these budgets" in result.stdout
+    assert "OVER" in result.stdout
+    assert len(ledger_rows(finished)) == len(before)
+
+
+def test_another_pick_can_be_packaged(finished: Path, tmp_path: Path) -> None:
+    result = compress("package", str(finished), "--pick", "smallest", "--out", str(tmp_path / "small"))
+    assert result.returncode == 0, result.stderr
+    front = json.loads((finished / "front.json").read_text())["candidates"]
+    smallest = min(c["weight_bytes"] for c in front if c["on_front"])
+    assert read_manifest(tmp_path / "small").weight_bytes == smallest
+    again = compress("package", str(finished), "--pick", "smallest", "--out", str(tmp_path / "small"))
+    assert again.returncode == 2 and "exists" in again.stderr
+    unknown = compress("package", str(finished), "--pick", "nicest")
+    assert unknown.returncode == 2 and "nicest" in unknown.stderr
+
+
+def test_the_report_prints_a_table_and_writes_the_page_anew(finished: Path) -> None:
+    page = finished / "report" / "index.html"
+    page.unlink()
+    result = compress("report", str(finished))
+    assert result.returncode == 0, result.stderr
+    assert "winner" in result.stdout and "unpruned" in result.stdout
+    assert page.is_file()
+
+
+def test_the_package_answers_through_its_endpoint(finished: Path) -> None:
+    result = compress("ask", str(finished / "package"), "Hello?", "--max-tokens", "8")
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_package_with_one_byte_changed_is_refused_by_name(finished: Path, tmp_path: Path) -> None:
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(finished / "package", copy)
+    data = bytearray((copy / "model.onnx.data").read_bytes())
+    data[1000] ^= 1
+    (copy / "model.onnx.data").write_bytes(data)
+    result = compress("verify", str(copy))
+    assert result.returncode == 2
+    assert "model.onnx.data" in result.stderr
+
+
+def test_tasks_from_local_data_can_be_what_accuracy_means(
+    home: Path, tiny_model_folder: Path, data_dir: Path
+) -> None:
+    asked = command(home, tiny_model_folder, "tasks", 4)
+    tasks = ["--tasks", "arc_easy", "--task-data", str(data_dir), "--limit", "8"]
+    result = subprocess.run([*asked, *tasks], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    manifest = read_manifest(home / "tasks" / "package")
+    assert manifest.accuracy[0].task == "arc_easy"
+    assert manifest.accuracy[0].items == 8
