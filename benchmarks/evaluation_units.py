@@ -37,7 +37,8 @@ ACCURACY_TASKS = ("arc_challenge", "arc_easy", "mmlu", "truthfulqa_mc1", "winogr
 ACCURACY_LIMITS = {"mmlu": 10}
 ACCURACY_LIMIT = 100
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-RACERS = 16
+RACERS = 12
+SLICE = 20
 Requests = list[Any]
 
 
@@ -89,10 +90,10 @@ class Bench:
         return made
 
     def hflm(self, task: str, dtype: str, batch: int, slice_items: bool = False) -> dict[str, Any]:
-        """lm-eval's own model on a task's requests; ``slice_items``: on an evenly spread tenth."""
+        """lm-eval's own model on a task's requests; ``slice_items``: on an even sample."""
         requests = self.requests(task)
         if slice_items:
-            requests = _tenth(requests)
+            requests = _slice(requests)
         lm = self._hflm(dtype, batch)
         return _timed(lambda: lm.loglikelihood(requests, disable_tqdm=True)) | {"batch": batch}
 
@@ -184,7 +185,7 @@ class Bench:
         }
 
     def memory(self, who: str, batch: int) -> dict[str, Any]:
-        """Peak resident memory of a fresh process that scores a tenth of arc_easy and of mmlu."""
+        """Peak resident memory of a fresh process that scores a sample of arc_easy and of mmlu."""
         command = [
             sys.executable,
             __file__,
@@ -311,8 +312,8 @@ def _items_of(requests: Requests) -> list[slice]:
     return [slice(a, b) for a, b in pairwise(cuts)]
 
 
-def _tenth(requests: Requests) -> Requests:
-    return [request for mine in _items_of(requests)[::10] for request in requests[mine]]
+def _slice(requests: Requests) -> Requests:
+    return [request for mine in _items_of(requests)[::SLICE] for request in requests[mine]]
 
 
 def _front(sizes: list[int], accuracies: list[float]) -> list[int]:
@@ -332,7 +333,7 @@ def _memory_child(who: str, data: str, items: str, folder: str, batch: str) -> N
         bench._hflm("bf16", int(batch)) if who == "hflm" else PackedLM(bench.model("bf16"), bench.tokenizer)
     )
     for task in ("arc_easy", "mmlu"):
-        scorer.loglikelihood(_tenth(bench.requests(task)), disable_tqdm=True)
+        scorer.loglikelihood(_slice(bench.requests(task)), disable_tqdm=True)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
