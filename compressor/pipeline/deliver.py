@@ -110,4 +110,4 @@ def _prove(context: Context, engine: OnnxRuntimeEngine, subnet: SubNetwork) -> f
         expected = model(torch.from_numpy(ids[None])).logits[0].numpy()
     numerics = context.request.profile.numerics
     candidate = engine.build(subnet, numerics)
-    return check_logits(expected, engine.logits(candidate, ids), numerics)
+    return check_logits(expected, engine.logits(candidate, ids), numerics, subnet)
