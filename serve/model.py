@@ -17,6 +17,7 @@ import onnxruntime as ort
 from compressor.errors import PackageError
 from serve.kvcache import CacheShape, KeyValueCache
 
+LAST_START = "last_start"  # of the positions whose logits the graph gives; by default -1, the last
 CPU = "CPUExecutionProvider"
 _DTYPES = {"tensor(float)": np.dtype(np.float32), "tensor(float16)": np.dtype(np.float16)}
 
@@ -31,24 +32,47 @@ class Model:
         self._session = session
         output = session.get_outputs()[0]
         self.vocabulary = int(output.shape[-1])
-        self.all_logits = output.shape[1] != 1
+        self._last_only = output.shape[1] == 1
+        self._start_can_be_set = any(
+            entry.name == LAST_START for entry in session.get_overridable_initializers()
+        )
         self._logits_dtype = _DTYPES[output.type]
         self._decoders: dict[int, _Step] = {}
         self._prefillers: dict[int, ort.IOBinding] = {}
 
+    @property
+    def scores_chunks(self) -> bool:
+        """Whether ``score`` can give the logits of every position, or of the last alone."""
+        return self._start_can_be_set or not self._last_only
+
     def prefill(self, row: int, ids: Sequence[int]) -> Logits:
         """Append ``ids`` to a row; logits [len(ids) or 1, vocabulary], the last for the next token."""
-        tokens = self.cache.rows[row].tokens
-        total = len(tokens) + len(ids)
         if row not in self._prefillers:
             self._prefillers[row] = self._bind(row, 1)
         binding = self._prefillers[row]
-        binding.bind_cpu_input("input_ids", np.asarray([ids], np.int64))
-        binding.bind_cpu_input("attention_mask", np.ones((1, total), np.int64))
+        for name, value in self._inputs(row, ids).items():
+            binding.bind_cpu_input(name, value)
         binding.bind_output("logits", "cpu")
         self._session.run_with_iobinding(binding)
         self._extend(row, ids)
         return np.asarray(binding.get_outputs()[-1].numpy()[0], np.float32)
+
+    def score(self, row: int, ids: Sequence[int]) -> Logits:
+        """As ``prefill``, but with the logits of every position if the graph ``scores_chunks``."""
+        if not self._start_can_be_set:
+            return self.prefill(row, ids)
+        done = len(self.cache.rows[row].tokens)
+        feed = {
+            name: self.cache.tensors[index][row : row + 1, :, :done]
+            for index, name in self._names("past_key_values")
+        }
+        feed |= self._inputs(row, ids) | {LAST_START: np.asarray([-len(ids)], np.int64)}
+        outputs = [name for _, name in self._names("present")]
+        logits, *present = self._session.run(["logits", *outputs], feed)  # a binding can't set an initializer
+        for tensor, new in zip(self.cache.tensors, present, strict=True):
+            tensor[row, :, done : done + len(ids)] = new[0, :, done:]
+        self._extend(row, ids)
+        return np.asarray(logits[0], np.float32)
 
     def decode(self, tokens: Sequence[int]) -> Logits:
         """Append one token to each of the first rows; logits [len(tokens), vocabulary] until the next."""
@@ -76,15 +100,24 @@ class Model:
         entry.tokens.extend(ids)
         entry.touched = max(entry.touched, len(entry.tokens))
 
+    def _inputs(self, row: int, ids: Sequence[int]) -> dict[str, npt.NDArray[np.int64]]:
+        total = len(self.cache.rows[row].tokens) + len(ids)
+        return {"input_ids": np.asarray([ids], np.int64), "attention_mask": np.ones((1, total), np.int64)}
+
+    def _names(self, stem: str) -> list[tuple[int, str]]:
+        """Index in the cache's tensors, and name in the graph, of each layer's keys and values."""
+        count = len(self.cache.tensors)
+        return [(index, f"{stem}.{index // 2}.{'value' if index % 2 else 'key'}") for index in range(count)]
+
     def _bind(self, first: int, batch: int) -> ort.IOBinding:
         """A binding to ``batch`` rows from ``first`` on, as both past and present."""
         binding = self._session.io_binding()
-        for index, tensor in enumerate(self.cache.tensors):
-            name = f"{index // 2}.{'value' if index % 2 else 'key'}"
-            rows = tensor[first : first + batch]
-            place = ("cpu", 0, tensor.dtype.type, list(rows.shape), rows.ctypes.data)
-            binding.bind_input(f"past_key_values.{name}", *place)
-            binding.bind_output(f"present.{name}", *place)
+        names = zip(self._names("past_key_values"), self._names("present"), strict=True)
+        for (index, past), (_, present) in names:
+            rows = self.cache.tensors[index][first : first + batch]
+            place = ("cpu", 0, rows.dtype.type, list(rows.shape), rows.ctypes.data)
+            binding.bind_input(past, *place)
+            binding.bind_output(present, *place)
         return binding
 
 

@@ -160,7 +160,8 @@ class Scheduler:
             size += 1
         chunk = list(prompt[done : done + size])
         began = time.monotonic()
-        logits = self._model.prefill(row, chunk)
+        read = self._model.score if sequence.request.score_prompt else self._model.prefill
+        logits = read(row, chunk)
         self._learn_prefill((time.monotonic() - began) / len(chunk))
         self.counters.prompt_tokens += len(chunk)
         if sequence.request.score_prompt:
@@ -183,7 +184,7 @@ class Scheduler:
 
     def _chunk_tokens(self, sequence: SequenceState) -> int:
         if sequence.request.score_prompt:
-            return SCORED_CHUNK_TOKENS if self._model.all_logits else 1
+            return SCORED_CHUNK_TOKENS if self._model.scores_chunks else 1
         if not self.rows.decoding or not self._prefill_seconds_per_token:
             return CHUNK_TOKENS
         affordable = int(STALL * self._decode_seconds / self._prefill_seconds_per_token)

@@ -24,6 +24,7 @@ MS_OPSET = 1
 IR_VERSION = 10
 INT8_ACTIVATIONS = 4
 FP32_ACTIVATIONS = 1
+LAST_START = "last_start"
 
 Logits = Literal["last", "all"]
 _ONNX_TYPES = {"uint8": TensorProto.UINT8, "float32": TensorProto.FLOAT}
@@ -215,11 +216,11 @@ def _add_head_norms(graph: _Graph, stem: str, packed: str) -> list[str]:
 
 
 def _add_last_position(graph: _Graph, name: str) -> str:
-    if not any(tensor.name == "last_start" for tensor in graph.small):
-        graph.constant("last_start", [-1])
+    if not any(tensor.name == LAST_START for tensor in graph.small):
+        graph.constant(LAST_START, [-1])
         graph.constant("last_end", [2**62])
         graph.constant("last_axis", [1])
-    return graph.add("Slice", [name, "last_start", "last_end", "last_axis"], f"{name}.last", "")
+    return graph.add("Slice", [name, LAST_START, "last_end", "last_axis"], f"{name}.last", "")
 
 
 def _finish(graph: _Graph, depth: int, logits: Logits) -> onnx.ModelProto:
@@ -229,6 +230,8 @@ def _finish(graph: _Graph, depth: int, logits: Logits) -> onnx.ModelProto:
         helper.make_tensor_value_info("attention_mask", TensorProto.INT64, ["batch", "total"]),
         *_cache_infos(shape, depth, "past_key_values", "past"),
     ]
+    if logits == "last":  # an input with a default: the server feeds -length to score a whole prompt
+        inputs.append(helper.make_tensor_value_info(LAST_START, TensorProto.INT64, [1]))
     rows = 1 if logits == "last" else "length"
     outputs = [
         helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", rows, shape.vocab_size]),

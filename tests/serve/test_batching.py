@@ -105,6 +105,17 @@ def test_scores_of_a_prompt_do_not_depend_on_company(package):
     assert values[0] == values[1]
 
 
+def test_scores_of_a_prompt_are_the_graphs_own(package):
+    model = make_model(package, 1)
+    prompt = list(range(20, 60))
+    rows = np.concatenate([model.score(0, prompt[:17]), model.score(0, prompt[17:])])
+    assert rows.shape == (40, model.vocabulary)
+    model.cache.drop(0)
+    assert model.prefill(0, prompt[:30]).shape == (1, model.vocabulary)
+    model.cache.drop(0)
+    np.testing.assert_array_equal(model.prefill(0, prompt[:30])[-1], rows[29])
+
+
 def tiny_cache(rows: int = 4, capacity: int = 64) -> KeyValueCache:
     return KeyValueCache(CacheShape(2, 2, 4, np.dtype(np.float32), capacity), rows)
 
