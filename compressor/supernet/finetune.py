@@ -12,9 +12,9 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,52 +22,22 @@ from torch import Tensor
 
 from compressor.errors import TrainingError
 from compressor.events import Listener, LossReported, StageProgress, ignore
-from compressor.space import SearchSpace, SubNetwork
+from compressor.space import SearchSpace
 from compressor.supernet import targets
 from compressor.supernet.checkpoint import load_checkpoint, remove_checkpoint, save_checkpoint
+from compressor.supernet.config import FinetuneConfig, FinetuneResult
 from compressor.supernet.data import Examples
 from compressor.supernet.elastic import Elastic
-from compressor.supernet.losses import IGNORED, cross_entropy, distillation
+from compressor.supernet.objective import Objective
 from compressor.supernet.optimizer import MasterAdamW, warmup_cosine
-from compressor.supernet.subnet_sampling import Sampling, sample_subnet
-from compressor.supernet.targets import Targets, final_states, load_or_compute
+from compressor.supernet.subnet_sampling import networks_of_step
+
+__all__ = ["Examples", "FinetuneConfig", "FinetuneResult", "discard_checkpoint", "finetune"]
 
 STAGE = "supernet"
 SHORT = 256
 """Tokens up to which plain matrix products beat the CPU's fused attention, whose backward is slow."""
 CurveListener = Callable[[str, int, float], None]
-
-
-@dataclass(frozen=True)
-class FinetuneConfig:
-    """What a fine-tuning is. It ends after ``steps`` or ``minutes``, whichever comes first."""
-
-    steps: int = 60
-    minutes: float = math.inf
-    batch: int = 8
-    lr: float = 2e-4
-    loss: Literal["distill", "cross-entropy"] = "distill"
-    temperature: float = 1.0
-    super_every: int = 2
-    sampling: Sampling = "size"
-    warmup: float = 0.1
-    weight_decay: float = 0.0
-    max_norm: float = 1.0
-    train_embeddings: bool = False
-    checkpoint_minutes: float = 5.0
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class FinetuneResult:
-    """``super_loss`` and ``sub_loss`` are means over the last quarter of each kind's steps, in nats."""
-
-    steps: int
-    tokens: int
-    seconds: float
-    super_loss: float
-    sub_loss: float
-    resumed_at: int = 0
 
 
 def finetune(
@@ -105,15 +75,11 @@ class _Tuning:
         config: FinetuneConfig,
         folder: Path | None,
     ) -> None:
-        self.elastic, self.space, self.examples, self.config, self.folder = (
-            elastic,
-            space,
-            examples,
-            config,
-            folder,
-        )
+        started = time.monotonic()
+        self.elastic, self.space, self.config, self.folder = elastic, space, config, folder
+        self.examples = examples
         self.model: Any = elastic.model
-        self.step, self.elapsed_s, self.resumed_at = 0, 0.0, 0
+        self.step, self.resumed_at = 0, 0
         self.losses: dict[str, list[float]] = {"super": [], "sub": []}
         self.rng = np.random.default_rng(config.seed)
         self.order: list[int] = []
@@ -121,21 +87,23 @@ class _Tuning:
         self.trainable = self._choose_parameters()
         self.optimizer = MasterAdamW(self.trainable, config.lr, config.weight_decay, (0.9, 0.95))
         self.identity = _identity(space, config, examples)
-        self.targets = self._compute_targets() if config.loss == "distill" else None
+        self.objective = Objective(elastic, space, examples, config, self.identity, folder)
+        self.elapsed_s = time.monotonic() - started
         self._resume()
 
     def run(self, listener: Listener, on_curve: CurveListener) -> FinetuneResult:
-        self.model.train()
-        self._choose_attention()
-        saved_at = started = time.monotonic() - self.elapsed_s
-        saved_at += self.elapsed_s
+        self._prepare_model()
+        saved_at = time.monotonic()
+        started = saved_at - self.elapsed_s
         while self.step < self.config.steps and self.elapsed_s < 60 * self.config.minutes:
-            network, loss = self._take_step()
+            losses = self._take_step()
             self.elapsed_s = time.monotonic() - started
-            self.losses[network].append(loss)
-            listener(LossReported(self.step, network, loss))
-            on_curve(network, self.step, loss)
-            listener(StageProgress(STAGE, self.step, self._expected_steps(), f"{network} loss {loss:.3f}"))
+            for network, loss in losses.items():
+                self.losses[network].append(loss)
+                listener(LossReported(self.step, network, loss))
+                on_curve(network, self.step, loss)
+            detail = ", ".join(f"{network} loss {loss:.3f}" for network, loss in losses.items())
+            listener(StageProgress(STAGE, self.step, self._expected_steps(), detail))
             if self.folder is not None and time.monotonic() - saved_at > 60 * self.config.checkpoint_minutes:
                 save_checkpoint(self.folder, self._state())
                 saved_at = time.monotonic()
@@ -145,42 +113,27 @@ class _Tuning:
         self.elastic.reset()
         self.model.eval()
         self.model.set_attn_implementation(self.attention)
+        self.model.gradient_checkpointing_disable()
         for parameter in self.model.parameters():
             parameter.grad = None
             parameter.requires_grad_(True)
 
-    def _take_step(self) -> tuple[str, float]:
-        """One batch through one network; returns its kind and its loss."""
-        every = self.config.super_every
-        is_super = every > 0 and self.step % every == 0
-        subnet = self.space.largest if is_super else sample_subnet(self.space, self.config.sampling, self.rng)
-        loss = self._loss(subnet, self._next_rows())
-        value = float(loss.detach())
-        loss.backward()  # type: ignore[no-untyped-call]
-        lr = self.config.lr * warmup_cosine(self._progress(), self.config.warmup)
-        norm = self.optimizer.step(lr, self.config.max_norm)
+    def _take_step(self) -> dict[str, float]:
+        """One batch through the step's networks; the loss of each kind."""
+        config = self.config
+        networks = networks_of_step(
+            self.space, config.recipe, config.super_every, config.sampling, self.step, self.rng
+        )
+        losses = self.objective.losses(networks, self._next_rows())
+        lr = config.lr * warmup_cosine(self._progress(), config.warmup)
+        norm = self.optimizer.step(lr, config.max_norm)
         self.step += 1
-        if not (math.isfinite(value) and math.isfinite(norm)):
+        if not all(math.isfinite(value) for value in (norm, *losses.values())):
             raise TrainingError(
-                f"the loss is not finite at step {self.step} (loss {value}, gradient norm {norm}): "
+                f"the loss is not finite at step {self.step} (losses {losses}, gradient norm {norm}): "
                 "lower the learning rate; the weights before that step are kept"
             )
-        return ("super" if is_super else "sub"), value
-
-    def _loss(self, subnet: SubNetwork, rows: list[int]) -> Tensor:
-        model = self.elastic.activate(subnet)
-        ids, labels = self.examples.ids[rows].to(model.device), self.examples.labels[rows].to(model.device)
-        hidden = final_states(model, ids).flatten(0, 1)
-        wanted = labels[:, 1:].flatten()
-        if self.targets is None:
-            return cross_entropy(hidden, wanted, model.lm_head.weight)
-        counted = wanted != IGNORED
-        target = self.targets.states[rows].to(model.device).flatten(0, 1)
-        head = model.lm_head.weight.detach()[self.targets.vocabulary(rows).to(model.device)]
-        return distillation(hidden[counted], target[counted], head, self.config.temperature)
-
-    def _compute_targets(self) -> Targets:
-        return load_or_compute(self.model, self.examples.ids, self.config.batch, self.identity, self.folder)
+        return losses
 
     def _next_rows(self) -> list[int]:
         """Indices of the next batch; every example once before any comes again."""
@@ -198,16 +151,18 @@ class _Tuning:
         fit = pace * 60 * self.config.minutes
         return max(self.step, min(self.config.steps, int(min(fit, 1e9))))
 
-    def _choose_attention(self) -> None:
+    def _prepare_model(self) -> None:
+        self.model.train()
+        if self.config.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
         if self.model.device.type == "cpu" and self.examples.ids.shape[1] <= SHORT:
             self.model.set_attn_implementation("eager")
 
     def _choose_parameters(self) -> list[torch.nn.Parameter]:
-        """Freeze what is not trained. Distilling compares states before one head, so that stays."""
-        trains_outer = self.config.train_embeddings and self.config.loss != "distill"
+        """Freeze what is not trained: by default all but the layers."""
         inner = {id(p) for layer in self.model.model.layers for p in layer.parameters()}
         for parameter in self.model.parameters():
-            parameter.requires_grad_(trains_outer or id(parameter) in inner)
+            parameter.requires_grad_(self.config.train_embeddings or id(parameter) in inner)
         return [p for p in self.model.parameters() if p.requires_grad]
 
     def _state(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Which sub-network a training step takes."""
+"""Which networks a training step takes."""
 
 from __future__ import annotations
 
@@ -9,9 +9,34 @@ import numpy as np
 from compressor.space import SearchSpace, SubNetwork, parameter_count
 
 Sampling = Literal["genes", "size", "small"]
+Recipe = Literal["alternate", "sandwich"]
+Network = tuple[str, SubNetwork]
+"""``super`` or ``sub``, and the sub-network."""
 
 DRAWS = 12
 """Candidates among which the one nearest to the wanted size is taken."""
+
+
+def networks_of_step(
+    space: SearchSpace,
+    recipe: Recipe,
+    super_every: int,
+    sampling: Sampling,
+    step: int,
+    rng: np.random.Generator,
+) -> list[Network]:
+    """The networks whose gradients make up one step.
+
+    ``alternate`` takes one: the super-network every ``super_every`` steps (0: never; 2: InstaTune, arXiv
+    2308.15609), a random sub-network otherwise. ``sandwich`` takes the largest, the smallest and two
+    random ones (Yu & Huang, arXiv 1903.05134).
+    """
+    if recipe == "sandwich":
+        middle: list[Network] = [("sub", sample_subnet(space, sampling, rng)) for _ in range(2)]
+        return [("super", space.largest), ("sub", space.smallest), *middle]
+    if super_every > 0 and step % super_every == 0:
+        return [("super", space.largest)]
+    return [("sub", sample_subnet(space, sampling, rng))]
 
 
 def sample_subnet(space: SearchSpace, sampling: Sampling, rng: np.random.Generator) -> SubNetwork:

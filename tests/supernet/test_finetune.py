@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from compressor.errors import RunConflictError, TrainingError
+from compressor.errors import InputError, RunConflictError, TrainingError
 from compressor.events import Event, LossReported, StageProgress
 from compressor.space import SearchSpace
 from compressor.supernet import checkpoint
@@ -25,7 +26,7 @@ from .conftest import make_model
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-SHORT = FinetuneConfig(steps=6, batch=4, lr=3e-3)
+SHORT = FinetuneConfig(steps=6, batch=4, lr=3e-3, super_every=2)
 
 
 class KilledError(Exception):
@@ -95,6 +96,62 @@ def test_cross_entropy_learns_the_labels_alone(
         assert float(model(text, labels=labels).loss) < before - 0.5
 
 
+def test_a_sandwich_trains_the_largest_and_the_smallest(
+    model: PreTrainedModel, space: SearchSpace, text: Tensor
+) -> None:
+    with torch.no_grad():
+        wanted = final_states(model, text)
+    before = divergence(model, space, text, wanted)
+    events: list[Event] = []
+    config = FinetuneConfig(steps=20, batch=8, lr=3e-3, recipe="sandwich")
+    finetune(Elastic(model), space, text, config, events.append)
+    assert divergence(model, space, text, wanted) < 0.6 * before
+    kinds = [(e.step, e.network) for e in events if isinstance(e, LossReported)]
+    assert kinds == [(step, network) for step in range(1, 21) for network in ("super", "sub")]
+
+
+def test_the_super_network_can_teach_while_it_learns(
+    model: PreTrainedModel, space: SearchSpace, text: Tensor
+) -> None:
+    config = FinetuneConfig(steps=40, batch=8, lr=3e-3, loss="both", teacher="super", super_every=2)
+    with torch.no_grad():
+        before = float(model(text, labels=text).loss)
+    finetune(Elastic(model), space, text, config)
+    with torch.no_grad(), Elastic(model).activated(space.smallest) as part:
+        assert float(part(text, labels=text).loss) < before
+
+
+@pytest.mark.parametrize("changes", [{"accumulation": 4}, {"gradient_checkpointing": True}])
+@pytest.mark.parametrize("loss", ["distill", "cross-entropy"])
+def test_saving_memory_changes_no_loss(
+    space: SearchSpace, text: Tensor, tmp_path: Path, changes: dict[str, Any], loss: Any
+) -> None:
+    labels = text.clone()
+    labels[::3, :7] = IGNORED
+    plain = FinetuneConfig(steps=4, batch=8, lr=3e-3, loss=loss)
+    wanted = losses_of(make_model(), space, Examples(text, labels), plain, tmp_path / "a")
+    thrifty = replace(plain, **changes)
+    found = losses_of(make_model(), space, Examples(text, labels), thrifty, tmp_path / "b")
+    if changes.get("accumulation") and loss == "distill":  # each part compares its own likely tokens
+        assert found == {step: pytest.approx(value, rel=0.1, abs=1e-2) for step, value in wanted.items()}
+    else:
+        assert found == {step: pytest.approx(value, abs=1e-4) for step, value in wanted.items()}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lr": 0.0}, "lr must be above 0"),
+        ({"minutes": math.nan}, "minutes must be above 0"),
+        ({"batch": 8, "accumulation": 3}, "does not split"),
+        ({"train_embeddings": True}, "don't train the embeddings"),
+    ],
+)
+def test_a_wrong_setting_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        FinetuneConfig(**changes)
+
+
 def test_time_ends_it(model: PreTrainedModel, space: SearchSpace, text: Tensor) -> None:
     config = FinetuneConfig(steps=10**6, minutes=0.02, batch=4)
     result = finetune(Elastic(model), space, text, config)
@@ -116,7 +173,7 @@ def test_a_killed_run_resumes_to_the_same_losses(space: SearchSpace, text: Tenso
 def losses_of(
     model: PreTrainedModel,
     space: SearchSpace,
-    text: Tensor,
+    text: Tensor | Examples,
     config: FinetuneConfig,
     folder: Path,
     kill_at: int = 0,

@@ -1,0 +1,64 @@
+"""What a fine-tuning is, and what it reports."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from compressor.errors import InputError
+from compressor.supernet.subnet_sampling import Recipe, Sampling
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """Settings of a fine-tuning, which ends after ``steps`` or ``minutes``, whichever comes first.
+
+    ``loss``: the divergence from the teacher's distribution (``distill``), the cross-entropy of the
+    labels, or the mean of ``both``. ``teacher``: the frozen ``original``, or the ``super`` network as it is
+    at that step. ``batch`` examples a step go through the model in ``accumulation`` parts.
+    """
+
+    steps: int = 60
+    minutes: float = math.inf
+    batch: int = 8
+    accumulation: int = 1
+    lr: float = 3e-4
+    loss: Literal["distill", "cross-entropy", "both"] = "distill"
+    teacher: Literal["original", "super"] = "original"
+    temperature: float = 1.0
+    recipe: Recipe = "alternate"
+    super_every: int = 4
+    sampling: Sampling = "small"
+    warmup: float = 0.1
+    weight_decay: float = 0.0
+    max_norm: float = 1.0
+    train_embeddings: bool = False
+    gradient_checkpointing: bool = False
+    checkpoint_minutes: float = 5.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "minutes", "batch", "accumulation", "lr", "temperature", "max_norm"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"the fine-tuning's {name} must be above 0 (got {getattr(self, name)})")
+        if self.batch % self.accumulation:
+            raise InputError(f"a batch of {self.batch} does not split into {self.accumulation} equal parts")
+        if self.train_embeddings and self.distils:
+            raise InputError("distilling compares states before one head: don't train the embeddings with it")
+
+    @property
+    def distils(self) -> bool:
+        return self.loss != "cross-entropy"
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """``super_loss`` and ``sub_loss`` are means over the last quarter of each kind's steps, in nats."""
+
+    steps: int
+    tokens: int
+    seconds: float
+    super_loss: float
+    sub_loss: float
+    resumed_at: int = 0

@@ -1,0 +1,79 @@
+"""What a training step minimises, for one network on some examples."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compressor.space import SearchSpace, SubNetwork
+from compressor.supernet.config import FinetuneConfig
+from compressor.supernet.data import Examples
+from compressor.supernet.elastic import Elastic
+from compressor.supernet.losses import IGNORED, cross_entropy, distillation
+from compressor.supernet.targets import Targets, compute, final_states, load_or_compute
+
+
+class Objective:
+    """The loss of a fine-tuning. Made before the weights change, as it asks the frozen original."""
+
+    def __init__(
+        self,
+        elastic: Elastic,
+        space: SearchSpace,
+        examples: Examples,
+        config: FinetuneConfig,
+        identity: str,
+        folder: Path | None,
+    ) -> None:
+        self._elastic, self._space, self._examples, self._config = elastic, space, examples, config
+        self._model: Any = elastic.model
+        self._targets: Targets | None = None
+        if config.distils and config.teacher == "original":
+            self._targets = load_or_compute(self._model, examples.ids, config.batch, identity, folder)
+
+    def losses(self, networks: list[tuple[str, SubNetwork]], rows: list[int]) -> dict[str, float]:
+        """Add the gradients of every network on these examples; mean loss (nats) of each kind."""
+        targets, chosen = self._targets, rows
+        if self._config.distils and targets is None:
+            whole = self._elastic.activate(self._space.largest)
+            targets, chosen = compute(whole, self._examples.ids[rows], len(rows)), list(range(len(rows)))
+        sums: dict[str, list[float]] = {}
+        for kind, subnet in networks:
+            self._elastic.activate(subnet)
+            value = self._accumulate(rows, targets, chosen, 1.0 / len(networks))
+            sums.setdefault(kind, []).append(value)
+        return {kind: sum(values) / len(values) for kind, values in sums.items()}
+
+    def _accumulate(self, rows: list[int], targets: Targets | None, chosen: list[int], share: float) -> float:
+        """Backward through the active network in parts; its loss over all rows."""
+        counted = int((self._examples.labels[rows][:, 1:] != IGNORED).sum())
+        size = len(rows) // self._config.accumulation
+        total = 0.0
+        for start in range(0, len(rows), size):
+            part = slice(start, start + size)
+            labels = self._examples.labels[rows[part]][:, 1:].flatten()
+            weight = int((labels != IGNORED).sum()) / max(counted, 1)
+            if weight == 0:
+                continue
+            loss = self._loss(rows[part], labels, targets, chosen[part]) * weight
+            total += float(loss.detach())
+            (loss * share).backward()  # type: ignore[no-untyped-call]
+        return total
+
+    def _loss(self, rows: list[int], labels: Tensor, targets: Targets | None, chosen: list[int]) -> Tensor:
+        device = self._model.device
+        labels = labels.to(device)
+        hidden = final_states(self._model, self._examples.ids[rows]).flatten(0, 1)
+        head: Tensor = self._model.lm_head.weight
+        terms = []
+        if self._config.loss != "distill":
+            terms.append(cross_entropy(hidden, labels, head))
+        if targets is not None:
+            counted = labels != IGNORED
+            wanted = targets.states[chosen].to(device).flatten(0, 1)[counted]
+            likely = head.detach()[targets.vocabulary(chosen).to(device)]
+            terms.append(distillation(hidden[counted], wanted, likely, self._config.temperature))
+        return torch.stack([term.float() for term in terms]).mean()
