@@ -84,7 +84,7 @@ def test_a_taken_port_is_found_before_the_model_loads(package: Path) -> None:
     pytest.importorskip("vllm")
     with (
         socket.create_server(("127.0.0.1", 0)) as taken,
-        pytest.raises(UnfitMachineError, match="choose --port"),
+        pytest.raises(UnfitMachineError, match="choose another --port"),
     ):
         launch(Settings(package, port=taken.getsockname()[1]))
 
