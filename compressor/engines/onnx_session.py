@@ -6,7 +6,10 @@ so that a step copies no cache; between steps only the token ids and the mask ch
 
 from __future__ import annotations
 
+import json
 import os
+import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +26,25 @@ _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
 def open_session(
-    graph: onnx.ModelProto, weights: Path, threads: int | None = None, profile_to: str | None = None
+    graph: onnx.ModelProto,
+    weights: Path,
+    threads: int | None = None,
+    *,
+    provider: str = CPU,
+    profile_to: Path | None = None,
 ) -> ort.InferenceSession:
     """Load a graph whose external weights lie in folder ``weights``.
 
-    ``threads``: of one operator; default, the cores this process may use. ``profile_to`` is the
-    prefix of ONNX Runtime's profile, written at ``session.end_profiling()``.
+    ``threads``: of one operator; default, the cores this process may use. ``provider``: the execution
+    provider asked for; nodes that it lacks run on the CPU, see ``node_placement``. ``profile_to`` is
+    the prefix of ONNX Runtime's profile, written at ``session.end_profiling()``.
     Raises ``UnfitMachineError`` where ONNX Runtime cannot.
     """
+    if provider not in ort.get_available_providers():
+        raise UnfitMachineError(
+            f"ONNX Runtime {ort.__version__} here has no {provider}, only "
+            f"{', '.join(ort.get_available_providers())}: install the build of onnxruntime that has it"
+        )
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads or usable_cores()
     options.inter_op_num_threads = 1
@@ -38,15 +52,32 @@ def open_session(
     options.add_session_config_entry(_WEIGHTS_FOLDER, str(weights.resolve()))
     if profile_to is not None:
         options.enable_profiling = True
-        options.profile_file_prefix = profile_to
+        options.profile_file_prefix = str(profile_to)
     try:
-        return ort.InferenceSession(graph.SerializeToString(), options, providers=[CPU])
+        return ort.InferenceSession(
+            graph.SerializeToString(), options, providers=list(dict.fromkeys((provider, CPU)))
+        )
     except Exception as error:
         first = str(error).splitlines()[0]
         raise UnfitMachineError(
             f"ONNX Runtime {ort.__version__} cannot load the sub-network ({first}): free memory, or "
             f'reinstall the engine with `pip install "edge-compressor[onnx]"`'
         ) from None
+
+
+def node_placement(
+    graph: onnx.ModelProto, weights: Path, shape: ModelShape, *, provider: str = CPU
+) -> dict[str, int]:
+    """How many nodes really ran on each execution provider, from a profiled pass over a few tokens.
+
+    A provider that lacks an operator leaves it to the CPU without a word; this finds it out.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        session = open_session(graph, weights, provider=provider, profile_to=Path(scratch) / "profile")
+        prefill_logits(session, shape, np.ones((1, 4), np.int64))
+        events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+    kernels = [event for event in events if event.get("name", "").endswith("_kernel_time")]
+    return dict(Counter(str(event["args"]["provider"]) for event in kernels))
 
 
 def usable_cores() -> int:

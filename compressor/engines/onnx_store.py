@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from compressor.errors import InputError
-from compressor.space import BITS_NUMERICS, QUANT_BLOCK, ModelShape, Numerics, SubNetwork
+from compressor.space import QUANT_BLOCK, ModelShape, Numerics, SubNetwork
 
 ALIGNMENT = 64
 WEIGHTS_FILE = "weights.bin"
@@ -228,18 +228,20 @@ def open_export(folder: Path) -> Export:
         raise InputError(f"{folder} holds no finished export: delete it and run again") from None
     if index["format_version"] != FORMAT_VERSION:
         raise InputError(f"{folder} has format {index['format_version']}, not {FORMAT_VERSION}: delete it")
+    table = _table_from_json(index["tensors"])
+    weights = folder / WEIGHTS_FILE
+    if not weights.is_file() or weights.stat().st_size < max(
+        ref.offset + ref.bytes for ref in table.values()
+    ):
+        raise InputError(f"{weights} is missing or cut short: delete {folder} and run again")
     return Export(
         folder,
         ModelShape(**index["shape"]),
         Constants(**index["constants"]),
-        _table_from_json(index["tensors"]),
+        table,
         tuple(index["bits"]),
         index["weights_hash"],
     )
-
-
-def numerics_of(bits: int) -> Numerics:
-    return BITS_NUMERICS[bits]
 
 
 def _table_from_json(entries: Mapping[str, Any]) -> dict[str, TensorRef]:

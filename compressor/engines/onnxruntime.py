@@ -9,14 +9,22 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 import onnxruntime as ort
 
 from compressor.engines.bench import Timings, summarise, time_workload
 from compressor.engines.host import HostWatch, host_conditions
 from compressor.engines.memory import peak_bytes, reset_peak, resident_bytes
-from compressor.engines.onnx_graph import INT8_ACTIVATIONS, Logits, build_graph
+from compressor.engines.onnx_graph import Logits, build_graph
 from compressor.engines.onnx_package import write_package
-from compressor.engines.onnx_session import Decoder, open_session, prefill_logits, usable_cores
+from compressor.engines.onnx_session import (
+    CPU,
+    Decoder,
+    node_placement,
+    open_session,
+    prefill_logits,
+    usable_cores,
+)
 from compressor.engines.onnx_store import Export, open_export
 from compressor.engines.paired import time_pair
 from compressor.errors import InputError
@@ -44,10 +52,11 @@ class OnnxRuntimeEngine:
 
     name = "onnxruntime"
 
-    def __init__(self, export_folder: Path, threads: int | None = None) -> None:
+    def __init__(self, export_folder: Path, threads: int | None = None, provider: str = CPU) -> None:
         """``threads``: of one operator; default, the cores this process may use."""
         self.export: Export = open_export(export_folder)
         self.threads = threads or usable_cores()
+        self.provider = provider
 
     def build(self, subnet: SubNetwork, numerics: Numerics = "int8") -> OnnxCandidate:
         """Load a sub-network: about 10 ms for its graph and 0.3 s for ONNX Runtime to pack it."""
@@ -91,6 +100,11 @@ class OnnxRuntimeEngine:
             **ratio.to_dict(),
         }
         return replace(measured, conditions={**measured.conditions, **against})
+
+    def placement(self, subnet: SubNetwork, numerics: Numerics = "int8") -> dict[str, int]:
+        """Nodes of a sub-network by the execution provider that really ran them."""
+        graph = self._graph(subnet, numerics, "last")
+        return node_placement(graph, self.export.folder, self.export.shape, provider=self.provider)
 
     def runner(self, candidate: OnnxCandidate, workload: Workload) -> OnnxRunner:
         """The candidate with one batch of random prompts, for ``bench.time_once``."""
@@ -148,15 +162,13 @@ class OnnxRuntimeEngine:
             candidate._scoring.append(self._session(candidate.subnet, candidate.numerics, "all"))
         return candidate._scoring[0]
 
-    def _session(
-        self, subnet: SubNetwork, numerics: Numerics, logits: Logits, accuracy_level: int = INT8_ACTIVATIONS
-    ) -> ort.InferenceSession:
+    def _session(self, subnet: SubNetwork, numerics: Numerics, logits: Logits) -> ort.InferenceSession:
+        graph = self._graph(subnet, numerics, logits)
+        return open_session(graph, self.export.folder, self.threads, provider=self.provider)
+
+    def _graph(self, subnet: SubNetwork, numerics: Numerics, logits: Logits) -> onnx.ModelProto:
         export = self.export
-        tensors = export.tensors(subnet, numerics)
-        graph = build_graph(
-            export.shape, export.constants, tensors, logits=logits, accuracy_level=accuracy_level
-        )
-        return open_session(graph, export.folder, self.threads)
+        return build_graph(export.shape, export.constants, export.tensors(subnet, numerics), logits=logits)
 
 
 def session_conditions(session: ort.InferenceSession, threads: int) -> dict[str, Any]:

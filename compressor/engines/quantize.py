@@ -10,6 +10,9 @@ import torch
 
 from compressor.space import QUANT_BLOCK
 
+CHUNK_ROWS = 4096
+"""Rows quantized at once, so that a large vocabulary takes no large temporaries."""
+
 
 def quantize(weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize a matrix of shape [N, K].
@@ -17,10 +20,10 @@ def quantize(weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tenso
     Returns the integers, uint8 [N, blocks, QUANT_BLOCK * bits / 8] (low nibble first), and the
     scales, fp32 [N, blocks]. K is padded with zeros to whole blocks.
     """
-    blocks = _blocked(weight)
-    scales = _scales_8(blocks) if bits == 8 else _scales_4(blocks)
-    integers = _integers(blocks, scales, bits)
-    return (integers if bits == 8 else _pack_nibbles(integers)), scales
+    integers, scales = zip(
+        *(_quantize_rows(rows, bits) for rows in torch.split(weight, CHUNK_ROWS)), strict=True
+    )
+    return torch.cat(integers), torch.cat(scales)
 
 
 def dequantize(integers: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:
@@ -29,6 +32,13 @@ def dequantize(integers: torch.Tensor, scales: torch.Tensor, bits: int) -> torch
         integers = torch.stack((integers & 15, integers >> 4), dim=-1).flatten(-2)
     values: torch.Tensor = (integers.float() - 2 ** (bits - 1)) * scales.unsqueeze(-1)
     return values.flatten(-2)
+
+
+def _quantize_rows(weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    blocks = _blocked(weight)
+    scales = _scales_8(blocks) if bits == 8 else _scales_4(blocks)
+    integers = _integers(blocks, scales, bits)
+    return (integers if bits == 8 else _pack_nibbles(integers)), scales
 
 
 def _blocked(weight: torch.Tensor) -> torch.Tensor:

@@ -84,3 +84,12 @@ def test_a_damaged_model_leaves_no_export(tiny_model_folder: Path, tmp_path: Pat
 def test_a_folder_without_an_export_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no finished export"):
         open_export(tmp_path)
+
+
+def test_an_export_cut_short_is_named(tiny_export: Export, tmp_path: Path) -> None:
+    copy = tmp_path / "export"
+    shutil.copytree(tiny_export.folder, copy)
+    with (copy / "weights.bin").open("r+b") as stream:
+        stream.truncate(1000)
+    with pytest.raises(InputError, match=r"weights\.bin.*cut short"):
+        open_export(copy)

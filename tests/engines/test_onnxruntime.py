@@ -7,7 +7,7 @@ import pytest
 
 from compressor.engines.onnx_store import Export
 from compressor.engines.onnxruntime import OnnxRuntimeEngine
-from compressor.errors import InputError
+from compressor.errors import InputError, UnfitMachineError
 from compressor.profile import Workload
 from compressor.space import SubNetwork
 
@@ -54,3 +54,15 @@ def test_a_workload_longer_than_the_context_is_refused(engine: OnnxRuntimeEngine
 def test_layers_the_model_lacks_are_refused(engine: OnnxRuntimeEngine) -> None:
     with pytest.raises(InputError, match="4 layers"):
         engine.build(SubNetwork((0, 7), (128, 128)))
+
+
+def test_where_each_node_really_ran_is_told(engine: OnnxRuntimeEngine) -> None:
+    placement = engine.placement(SMALL)
+    assert set(placement) == {"CPUExecutionProvider"}
+    assert placement["CPUExecutionProvider"] > 2 * SMALL.depth
+
+
+def test_a_provider_that_is_not_there_is_named(tiny_export: Export) -> None:
+    elsewhere = OnnxRuntimeEngine(tiny_export.folder, provider="CUDAExecutionProvider")
+    with pytest.raises(UnfitMachineError, match="CUDAExecutionProvider"):
+        elsewhere.build(SMALL)
