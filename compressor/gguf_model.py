@@ -181,7 +181,9 @@ def _fill(model: PreTrainedModel, reader: Any, config: Any, interleaved: bool) -
     model.tie_weights()
     parameters = dict(model.named_parameters())
     for tensor in reader.tensors:
-        parameter = parameters.pop(_parameter_name(tensor.name))
+        parameter = parameters.pop(_parameter_name(tensor.name), None)
+        if parameter is None:
+            raise _unknown_tensor(tensor.name)
         values = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
         if interleaved and ".attn_q." in tensor.name:
             values = _pairs_to_halves(values, config.num_attention_heads)
@@ -206,7 +208,13 @@ def _parameter_name(tensor: str) -> str:
             return f"{_OUTER_NAMES[parts[0]]}.{parts[1]}"
         return f"model.layers.{parts[1]}.{_LAYER_NAMES[parts[2]]}.{parts[3]}"
     except (KeyError, IndexError):
-        raise InputError(f"the GGUF file has a tensor '{tensor}' that LLaMA-like models lack") from None
+        raise _unknown_tensor(tensor) from None
+
+
+def _unknown_tensor(name: str) -> InputError:
+    return InputError(
+        f"the GGUF file has a tensor '{name}' that LLaMA-like models lack: choose another model"
+    )
 
 
 def _has_tensor(reader: Any, name: str) -> bool:
@@ -218,7 +226,7 @@ def _byte_level_tokenizer(path: Path, fields: Mapping[str, Any]) -> PreTrainedTo
     from transformers import PreTrainedTokenizerFast
 
     tokens: list[str] = fields["tokenizer.ggml.tokens"]
-    merges = [tuple(merge.split(" ", 1)) for merge in fields["tokenizer.ggml.merges"]]
+    merges = [tuple(merge.split(" ", 1)) for merge in fields.get("tokenizer.ggml.merges", [])]
     backend = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
     backend.pre_tokenizer = _pre_tokenizer(path, str(fields.get("tokenizer.ggml.pre", "default")))
     backend.decoder = decoders.ByteLevel()
