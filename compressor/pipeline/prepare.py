@@ -111,9 +111,7 @@ def _tune(context: Context, plan: Plan) -> Result:
         text = torch.from_numpy(data["ids"].astype(np.int64))
     context.say("ranking neurons and layers on text of the unpruned model")
     calibration = text[:CALIBRATION_SEQUENCES]
-    importance = rank(
-        loaded.model, [calibration[i : i + 8] for i in range(0, len(calibration), 8)], layers="greedy"
-    )
+    importance = rank(loaded.model, [calibration[i : i + 8] for i in range(0, len(calibration), 8)])
     sort_neurons(loaded.model, importance)
     space = SearchSpace(
         plan.shape, plan.space.depths, plan.space.widths, importance.drop_order, plan.space.bits
