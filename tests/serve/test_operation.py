@@ -216,3 +216,26 @@ def test_starting_on_what_is_no_package_is_one_line(tmp_path):
     )
     assert result.returncode == 2
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+
+
+def test_two_hundred_clients_of_which_half_leave(server):
+    client = server.client()
+
+    def visit(index: int) -> str:
+        options = LONG | {"max_tokens": 12, "prompt": [index % 200 + 20, 30, 31]}
+        try:
+            if index % 2:
+                with client.completions.create(**options, stream=True) as stream:
+                    next(iter(stream))
+                return "left"
+            client.completions.create(**options)
+            return "answered"
+        except openai.RateLimitError:
+            return "refused"
+
+    with ThreadPoolExecutor(50) as pool:
+        outcomes = list(pool.map(visit, range(200)))
+    wait_for(lambda: metric(server, "requests_running") + metric(server, "requests_waiting") == 0)
+    assert outcomes.count("refused") < 100
+    assert metric(server, "cache_tokens") <= metric(server, "cache_limit_tokens")
+    assert client.completions.create(**LONG | {"max_tokens": 3}).usage.completion_tokens == 3
