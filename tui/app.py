@@ -123,7 +123,7 @@ class Wizard(App[None]):
 
     def _tell_screen(self) -> None:
         for screen in self.screen_stack:
-            if isinstance(screen, Step):
+            if isinstance(screen, Step) and screen.is_mounted:
                 screen.refresh_facts()
 
     def on_resize(self, event: Resize) -> None:

@@ -20,23 +20,22 @@ from tui.choices import Choices
 
 STOPPED_BY_HAND = 130
 BUDGETS_MISSED = 3
+INTERRUPTED = "interrupted"
 
 
 @dataclass(frozen=True)
 class Ending:
-    """How a run's process ended. ``message`` is what it said last, for a failure."""
+    """How a run's process ended: its exit code, if it was started here, and what it complained of last."""
 
     code: int | None
-    message: str
+    complaint: str
 
     @property
-    def finished(self) -> bool:
-        """The run went to its end, within its budgets or not."""
-        return self.code in (0, BUDGETS_MISSED)
-
-    @property
-    def stopped(self) -> bool:
-        return self.code in (STOPPED_BY_HAND, -signal.SIGINT)
+    def failed(self) -> bool:
+        """Whether it neither went to its end nor was stopped by hand."""
+        if self.code is None:
+            return bool(self.complaint) and not self.complaint.startswith(INTERRUPTED)
+        return self.code not in (0, BUDGETS_MISSED, STOPPED_BY_HAND, -signal.SIGINT)
 
 
 class BackgroundRun:
@@ -109,7 +108,7 @@ class BackgroundRun:
     def ending(self) -> Ending:
         """How it ended. The exit code is known only of a process that was started here."""
         code = self._child.poll() if self._child is not None else None
-        return Ending(code, last_error(self.folder))
+        return Ending(code, last_complaint(self.folder))
 
     def _signal_all(self, number: signal.Signals) -> None:
         """Signal the run and the processes it started."""
@@ -148,12 +147,15 @@ def lock_owner(folder: RunFolder) -> int | None:
         return None
 
 
-def last_error(folder: RunFolder) -> str:
-    """The last complaint in the run's log, or its last line."""
+def last_complaint(folder: RunFolder) -> str:
+    """The last error in the run's log; a process that died without one has its last line quoted."""
     try:
         lines = folder.log.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return ""
-    lines = [line.strip() for line in lines if line.strip()]
-    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-    return errors[-1] if errors else (lines[-1] if lines else "")
+    errors = [line for line in lines if line.startswith("error: ")]
+    if errors:
+        return errors[-1].removeprefix("error: ").strip()
+    if any(line.startswith("Traceback ") for line in lines):
+        return lines[-1].strip()
+    return ""

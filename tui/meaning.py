@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from compressor.engines.base import MemoryEstimate
+from compressor.engines.memory import required_memory_bytes
 from compressor.errors import CompressorError
 from compressor.profile import Profile
-from compressor.space import SearchSpace, SubNetwork, kv_cache_bytes, weight_bytes
+from compressor.space import SearchSpace, SubNetwork
 from tui import words
 from tui.facts import ModelFacts
 
@@ -19,29 +21,23 @@ def budget_meaning(profile: Profile, model: ModelFacts | None) -> str:
         )
     except CompressorError as error:
         return str(error)
-    whole = _parts(model, profile, space.full)
-    least = sum(_parts(model, profile, space.smallest))
+    whole = _memory(model, profile, space.full)
+    least = _memory(model, profile, space.smallest).total
     limit = profile.budgets.memory_bytes
-    numerics = profile.numerics.upper()
     text = (
-        f"{model.name} whole: {numerics} weights {words.size(whole[0])} + cache {words.size(whole[1])} "
-        f"of {words.size(limit)}.\n"
+        f"{model.name} whole: {profile.numerics.upper()} weights {words.size(whole.weights)} "
+        f"+ cache {words.size(whole.kv_cache)} + work {words.size(whole.activations)} "
+        f"= {words.size(whole.total)} of {words.size(limit)}.\n"
     )
     if least > limit:
         return text + f"Too little: the smallest sub-network takes {words.size(least)}."
-    if sum(whole) > limit:
+    if whole.total > limit:
         return (
             text
-            + f"It must shrink to {limit / sum(whole):.0%}; the search can go to {least / sum(whole):.0%}."
+            + f"It must shrink to {limit / whole.total:.0%}; the search can go to {least / whole.total:.0%}."
         )
     return text + "It fits as it is: the search looks for a smaller and faster one."
 
 
-def _parts(model: ModelFacts, profile: Profile, subnet: SubNetwork) -> tuple[int, int]:
-    """Bytes of weights and key-value cache at the profile's workload."""
-    load = profile.workload
-    tokens = load.prompt_tokens + load.output_tokens
-    return (
-        weight_bytes(model.shape, subnet, profile.numerics),
-        kv_cache_bytes(model.shape, subnet, tokens, load.concurrency),
-    )
+def _memory(model: ModelFacts, profile: Profile, subnet: SubNetwork) -> MemoryEstimate:
+    return required_memory_bytes(model.shape, subnet, profile.workload, profile.numerics)

@@ -8,13 +8,13 @@ from typing import ClassVar
 from rich.markup import escape
 from textual.app import ComposeResult
 from textual.binding import BindingType
-from textual.containers import Horizontal, Vertical
 from textual.widgets import Button, RichLog, Static
 
 from compressor.errors import CompressorError
 from compressor.request import AGREEMENT
+from compressor.runfolder import RunFolder
 from tui import words
-from tui.background import BackgroundRun
+from tui.background import BackgroundRun, Ending, last_complaint
 from tui.charts import VIEWS, Sample, make_chart
 from tui.follow import EventFile
 from tui.progress import Point, RunProgress
@@ -49,18 +49,15 @@ class RunStep(Step):
         self.logged = 0
 
     def content(self) -> ComposeResult:
-        with Horizontal(id="run-top"):
-            with Vertical(id="run-state"):
-                yield Stages(
-                    "No run has been started: go back to the plan, or open one with Ctrl+O.", id="stages"
-                )
-                yield Static("", id="best")
-            with Horizontal(id="run-buttons"):
-                yield Button("Pause", id="pause", compact=True)
-                yield Button("Stop, keep", id="stop", compact=True)
-                yield Button("Go on", id="restart", compact=True)
+        yield Stages("No run has been started: go back to the plan, or open one with Ctrl+O.", id="stages")
+        yield Static("", id="best")
         yield Scatter(id="front")
         yield RichLog(id="log", max_lines=LOG_LINES, wrap=True, markup=True)
+
+    def actions(self) -> ComposeResult:
+        yield Button("Pause", id="pause", compact=True)
+        yield Button("Stop, keep", id="stop", compact=True)
+        yield Button("Go on", id="restart", compact=True)
 
     def on_mount(self) -> None:
         super().on_mount()
@@ -173,10 +170,12 @@ class RunStep(Step):
                 "info" if met else "warning",
             )
             return
-        ending = self.run.ending() if self.run is not None else None
-        if ending is not None and not ending.stopped and ending.code not in (None, 0):
-            self.say(f"The run failed: {ending.message} (Esc: change the plan; R: try again)", "error")
-        elif ending is None or ending.stopped or ending.code is None:
+        folder = RunFolder(self.events.path.parent)
+        ending = self.run.ending() if self.run is not None else Ending(None, last_complaint(folder))
+        if ending.failed:
+            cause = ending.complaint or f"its process ended with code {ending.code}"
+            self.say(f"The run failed: {cause} (Esc: change the plan; R: try again)", "error")
+        else:
             self.say("Stopped. What is finished is kept: R goes on.", "warning")
 
     def _show_log(self) -> None:

@@ -43,6 +43,7 @@ class Step(Screen[None]):
         with Horizontal(id="ways"):
             if self.step != NAMES[0]:
                 yield Button("‹ Back", id="back", compact=True)
+            yield from self.actions()
             yield Static("", id="spacer")
             if self.step != NAMES[-1]:
                 yield Button(f"{self.next_label} ›", id="next", variant="primary", compact=True)
@@ -51,6 +52,10 @@ class Step(Screen[None]):
     def content(self) -> ComposeResult:
         """The step's own widgets."""
         raise NotImplementedError
+
+    def actions(self) -> ComposeResult:
+        """Buttons of the step's own, between back and next."""
+        yield from ()
 
     def refresh_facts(self) -> None:
         """Show what the wizard knows now; called when the step appears and when facts arrive."""

@@ -32,6 +32,8 @@ class Stages(Static):
         lines = [done_line((name, s) for name, s in progress.stages.items() if s.finished)]
         if current is not None:
             lines.append(stopped_line(current) if ended else work_line(current, now))
+        if not progress.stages:
+            lines.append(Content("No event has come yet." if ended else "Starting …"))
         self.update(Content("\n").join(line for line in lines if line.plain))
 
 

@@ -1,0 +1,166 @@
+"""Runs and endpoints as processes: started, found again, paused, stopped, and heard when they fail."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from compressor.errors import InputError, PackageError, RunConflictError
+from compressor.runfolder import RunFolder
+from tests.tui.sample_run import write_run
+from tui.background import BackgroundRun, Ending, last_complaint
+from tui.choices import Choices
+from tui.endpoint import Endpoint, refuse_taken_port
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from compressor.runfolder import RunFolder
+with RunFolder(Path(sys.argv[1])).locked():
+    print("locked", flush=True)
+    try:
+        time.sleep(120)
+    except KeyboardInterrupt:
+        sys.exit(130)
+"""
+
+
+def until(true: Callable[[], bool], seconds: float = 30) -> bool:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if true():
+            return True
+        time.sleep(0.05)
+    return False
+
+
+@pytest.fixture
+def held_run(tmp_path: Path) -> Iterator[RunFolder]:
+    """A run folder that a process works on, as a run in the background does."""
+    folder = write_run(tmp_path / "run", 5)
+    command = [sys.executable, "-c", HOLDER, str(folder.path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "locked\n"
+        yield folder
+        if holder.poll() is None:
+            holder.kill()
+
+
+def test_a_run_at_work_is_found_paused_resumed_and_stopped(held_run: RunFolder) -> None:
+    run = BackgroundRun.attach(held_run.path)
+    assert run is not None and run.alive and not run.paused
+    run.pause()
+    assert until(lambda: run.paused)
+    run.resume()
+    assert until(lambda: not run.paused)
+    run.pause()
+    run.stop()
+    assert until(lambda: not run.alive)
+    assert BackgroundRun.attach(held_run.path) is None
+
+
+def test_a_folder_at_work_is_not_started_again(held_run: RunFolder) -> None:
+    choices = Choices().but(profile="starter-cpu").in_folder(held_run.path)
+    with pytest.raises(RunConflictError, match=r"in use by process \d+.*ctrl\+o"):
+        BackgroundRun.start(choices)
+
+
+def test_a_damaged_folder_is_refused(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", 5)
+    folder.run_file.write_text("{")
+    with pytest.raises(RunConflictError, match=r"run\.json is damaged"):
+        BackgroundRun.start(Choices().but(profile="starter-cpu").in_folder(folder.path))
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    choices = Choices().but(profile="starter-cpu").in_folder(tmp_path / "file" / "run")
+    with pytest.raises(InputError, match="cannot write the run folder"):
+        BackgroundRun.start(choices)
+
+
+def test_a_run_that_fails_leaves_its_message_and_lives_in_a_session_of_its_own(tmp_path: Path) -> None:
+    choices = Choices().but(profile="starter-cpu", model=str(tmp_path)).in_folder(tmp_path / "run")
+    run = BackgroundRun.start(choices)
+    assert os.getsid(run.pid) == run.pid != os.getsid(0)
+    assert until(lambda: not run.alive, 120)
+    ending = run.ending()
+    assert ending.failed and ending.code == 2
+    assert "holds no model (no config.json)" in ending.complaint
+
+
+@pytest.mark.parametrize(
+    ("code", "complaint", "failed"),
+    [
+        (0, "", False),
+        (3, "", False),
+        (130, "interrupted; what was finished is kept", False),
+        (-signal.SIGINT, "", False),
+        (2, "the disk is full", True),
+        (-signal.SIGKILL, "", True),
+        (None, "the disk is full", True),
+        (None, "interrupted; what was finished is kept", False),
+        (None, "", False),
+    ],
+)
+def test_how_a_run_ended(code: int | None, complaint: str, failed: bool) -> None:
+    assert Ending(code, complaint).failed is failed
+
+
+def test_a_traceback_is_quoted_by_its_last_line(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", 5)
+    folder.log.write_text("Loading ...\nTraceback (most recent call last):\n  File x\nKeyError: 'y'\n")
+    assert last_complaint(folder) == "KeyError: 'y'"
+
+
+def test_a_port_in_use_is_refused_before_anything_starts() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(InputError, match=f"port {port} cannot be used"):
+            refuse_taken_port(port)
+    refuse_taken_port(port)
+    with pytest.raises(InputError, match="65535"):
+        refuse_taken_port(70_000)
+
+
+def test_an_endpoint_that_cannot_start_says_why(tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    endpoint = Endpoint(tmp_path, port, "")
+    endpoint.start()
+    with pytest.raises(PackageError, match="is not a package"):
+        endpoint.wait_ready()
+    assert not endpoint.alive
+
+
+def test_the_curl_line_is_one_shell_command() -> None:
+    import shlex
+
+    words = shlex.split(Endpoint(Path("package"), 8000, "se cret").curl_line("a'b"))
+    assert words[:2] == ["curl", "http://127.0.0.1:8000/v1/chat/completions"]
+    assert "Authorization: Bearer se cret" in words
+    assert '"model": "a\'b"' in words[-1]
+
+
+def test_the_app_is_imported_without_anything_heavy() -> None:
+    code = (
+        "import sys, importlib, tui.app\n"
+        "for name in 'device model plan run choose package serve'.split():\n"
+        "    importlib.import_module('tui.screens.' + name)\n"
+        "heavy = {'torch', 'transformers', 'matplotlib', 'pandas', 'sklearn', 'onnxruntime', 'onnx'}\n"
+        "sys.exit(', '.join(heavy & set(sys.modules)) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

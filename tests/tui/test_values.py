@@ -1,0 +1,178 @@
+"""The wizard's values: choices as flags, events folded, charts, words."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from compressor import events
+from compressor.errors import InputError
+from compressor.request import stored_request, understand
+from compressor.runfolder import RunFolder
+from compressor.space import SubNetwork
+from tests.tui.sample_run import BEGAN, SHAPE, request, run_events, space, write_run
+from tui import words
+from tui.charts import Sample, front_of, make_chart
+from tui.choices import Choices, of_request
+from tui.follow import EventFile
+from tui.probe import understood
+from tui.progress import RunProgress
+from tui.results import read_results
+from tui.widgets.architecture import drawing
+
+
+def as_asked(arguments: list[str]) -> dict[str, str]:
+    """Flags of a command line that has only flags with values, and ``--resume`` at its end."""
+    *pairs, last = arguments
+    assert last == "--resume"
+    return dict(zip(pairs[::2], pairs[1::2], strict=True))
+
+
+def test_choices_are_the_flags_of_a_command_line_that_asks_the_same(tmp_path: Path) -> None:
+    choices = Choices().but(profile="starter-cpu", memory_budget=0.2, evaluations=7).in_folder(tmp_path / "r")
+    asked = as_asked(choices.arguments())
+    assert asked.pop("--run") == str(tmp_path / "r")
+    typed = {"--memory-budget": float, "--evaluations": int}
+    flags = {name[2:].replace("-", "_"): typed.get(name, str)(value) for name, value in asked.items()}
+    assert understand(flags, tmp_path / "r", resume=True)[1] == choices.request()
+
+
+def test_a_flag_taken_back_is_the_profiles_own_again() -> None:
+    choices = Choices().but(profile="starter-cpu", ttft_budget=1.0)
+    assert choices.request().profile.budgets.ttft_ms == 1
+    assert choices.but(ttft_budget=None) == Choices().but(profile="starter-cpu")
+
+
+def test_an_opened_run_is_asked_again_as_it_was_and_takes_changes(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    choices = of_request(stored_request(folder), folder.path)
+    assert choices.request() == request()
+    assert as_asked(choices.arguments()) == {"--run": str(folder.path)}
+    assert choices.but(evaluations=9).request().effort.evaluations == 9
+    assert choices.in_folder(tmp_path / "other").request().profile.name == "starter-cpu"
+
+
+def test_events_are_read_as_they_are_written_even_in_pieces(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    line = json.dumps({**events.Message("half of a line").to_dict(), "time": 5.0}) + "\n"
+    followed = EventFile(path)
+    assert followed.new() == []
+    path.write_text(line[:20])
+    assert followed.new() == []
+    with path.open("a") as stream:
+        stream.write(line[20:] + "not json\n" + '{"event": "Unheard", "time": 1}\n' + line)
+    message = (5.0, events.Message("half of a line"))
+    assert followed.new() == [message, message]
+    assert followed.new() == []
+    path.write_text(line)
+    assert followed.new() == [message]
+
+
+def test_progress_knows_stages_the_best_and_the_time_left() -> None:
+    progress = RunProgress(SHAPE.num_layers, SHAPE.intermediate_size)
+    for moment, event in run_events(20):
+        progress.see(moment, event)
+    stage = progress.current
+    assert stage is not None and stage.title == "Searching sub-networks"
+    assert stage.share == 0.5
+    assert stage.seconds_left == pytest.approx(20 * 6.5)
+    assert progress.stages["supernet"].seconds == 270
+    assert progress.best is not None and progress.best.accuracy == max(
+        p.accuracy or 0 for p in progress.points.values() if p.on_front
+    )
+    assert progress.log == [("warning", "the unpruned model takes 175 MiB; the budget is 138 MiB")]
+    assert progress.verdict is None
+
+
+def test_a_resumed_run_shows_its_stages_in_the_order_of_the_last_start() -> None:
+    progress = RunProgress()
+    progress.see(BEGAN, events.StageStarted("base", "Loading"))
+    progress.see(BEGAN, events.StageStarted("text", "Writing"))
+    progress.see(BEGAN, events.RunFinished("runs/x", {"budgets_met": True}))
+    progress.see(BEGAN, events.StageStarted("base", "Loading"))
+    progress.see(BEGAN, events.StageFinished("base", 0.0, skipped=True))
+    assert list(progress.stages) == ["text", "base"]
+    assert progress.verdict is None
+
+
+@given(st.lists(st.tuples(st.floats(0, 100), st.floats(0, 100)), max_size=30), st.booleans())
+def test_the_front_is_what_nothing_beats(dots: list[tuple[float, float]], smaller_x: bool) -> None:
+    def beats(a: tuple[float, float], b: tuple[float, float]) -> bool:
+        better_x = a[0] <= b[0] if smaller_x else a[0] >= b[0]
+        return a != b and better_x and a[1] >= b[1]
+
+    expected = {d for d in dots if not any(beats(other, d) for other in dots)}
+    assert set(front_of(dots, smaller_x)) == expected
+
+
+def test_what_was_not_measured_is_not_drawn() -> None:
+    samples = [Sample(0.5, 2**20, None), Sample(None, 2**20, 1.0)]
+    assert make_chart("size", "Accuracy", samples).front == ((1.0, 50.0),)
+    assert make_chart("speed", "Accuracy", samples).empty
+
+
+def test_what_if_picks_by_the_runs_own_rule_and_says_what_is_missed(tmp_path: Path) -> None:
+    results = read_results(write_run(tmp_path / "run").path, SHAPE)
+    own = results.request.profile.budgets
+    assert results.what_if(own).digest == results.winner_digest
+    tight = own.model_copy(update={"memory_gib": 0.165})
+    other = results.what_if(tight)
+    assert other.digest is not None and other.digest != results.winner_digest
+    assert other.digest in {pick.digest for pick in results.picks(tight, other.digest) if all(pick.met)}
+    nothing = results.what_if(own.model_copy(update={"tpot_ms": 0.1}))
+    assert nothing.digest is None
+    assert "each token at" in nothing.text
+
+
+def test_a_damaged_result_is_named(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    folder.front.write_text("{}")
+    with pytest.raises(Exception, match=r"front\.json is damaged"):
+        read_results(folder.path, SHAPE)
+    folder.front.unlink()
+    with pytest.raises(InputError, match="no result yet"):
+        read_results(folder.path, SHAPE)
+
+
+def test_the_drawing_shows_kept_layers_widths_and_bits() -> None:
+    subnet = SubNetwork((0, 2), (1536, 768), (8, 4))
+    top, second, third, bottom, *_ = drawing(subnet, 3, 1536).plain.split("\n")
+    assert (top, second, third, bottom) == ("█  ", "█  ", "█ █", "█·█")
+    assert "2 of 3 layers, MLPs 75% of 1536" in drawing(subnet, 3, 1536).plain
+    assert "4 bits" not in drawing(space().full, 30, 1536).plain
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(None, "–"), (3.4, "3 s"), (89, "89 s"), (300, "5 min"), (6000, "1 h 40 min"), (200_000, "2 d 7 h")],
+)
+def test_durations(seconds: float | None, text: str) -> None:
+    assert words.duration(seconds) == text
+
+
+def test_sizes_and_counts() -> None:
+    assert [words.size(n) for n in (None, 0, 2048, 144 * 2**20, 3 * 2**30)] == [
+        "–",
+        "0 B",
+        "2.00 KiB",
+        "144 MiB",
+        "3.00 GiB",
+    ]
+    assert words.count(134_515_008) == "135 million"
+    assert words.power(1.3e10) == "1.3·10¹⁰"
+
+
+def test_a_check_that_breaks_says_so() -> None:
+    with pytest.raises(InputError, match="ImportError: no numpy"):
+        understood("", "Traceback ...\nImportError: no numpy\n")
+    with pytest.raises(InputError, match=r"^no model 'x'$"):
+        understood('noise\n{"error": "no model \'x\'"}\n', "")
+
+
+def test_a_run_folder_without_a_run_is_no_run(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="holds no run"):
+        read_results(RunFolder(tmp_path).path, SHAPE)
