@@ -20,7 +20,7 @@ ask -N "$URL/v1/chat/completions" -d '{
 # JSON that obeys a schema
 ask "$URL/v1/chat/completions" -d '{
   "messages": [{"role": "user", "content": "Name a city and its country."}],
-  "max_tokens": 64,
+  "max_tokens": 200,
   "response_format": {"type": "json_schema", "json_schema": {"name": "city", "schema": {
     "type": "object", "additionalProperties": false, "required": ["city", "country"],
     "properties": {"city": {"type": "string", "maxLength": 30},

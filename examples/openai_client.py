@@ -34,7 +34,7 @@ schema = {
 structured = client.chat.completions.create(
     model=model,
     messages=[{"role": "user", "content": "Name a city and its country."}],
-    max_tokens=64,
+    max_tokens=200,
     response_format={"type": "json_schema", "json_schema": {"name": "city", "schema": schema}},
 )
 print("JSON:", json.loads(structured.choices[0].message.content))
