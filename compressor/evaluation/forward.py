@@ -78,7 +78,7 @@ class PackedModel:
                 if not len(step.scored):
                     self._kept |= kept
                     return None
-                hidden = hidden[step.scored]
+                hidden = hidden.index_select(0, step.scored)
             attended = [self._attend(call, index, query, key, value, index == last) for call in step.calls]
             mixed = torch.cat([part for part in attended if part is not None])
             hidden = layer.finish(hidden, mixed)
@@ -103,16 +103,20 @@ class PackedModel:
         rows = call.scored if last else call.full
         if rows is None:
             return None
-        q = query[rows.gather].view(rows.batch, rows.length, *query.shape[1:])
-        k = key[call.full.gather].view(call.full.batch, call.full.length, *key.shape[1:]).transpose(1, 2)
-        v = value[call.full.gather].view(call.full.batch, call.full.length, *key.shape[1:]).transpose(1, 2)
+        q = _padded(query, rows)
+        k, v = (_padded(states, call.full).transpose(1, 2) for states in (key, value))
         if call.parent >= 0:
             before_k, before_v = self._kept[call.parent][layer]
             k = torch.cat([before_k.expand(rows.batch, -1, -1, -1), k], 2)
             v = torch.cat([before_v.expand(rows.batch, -1, -1, -1), v], 2)
         attention = _fused_attention if call.longest > LONG_ATTENTION else _attention
-        mixed = attention(q, k, v, rows, self.layers[layer].scaling)
-        return mixed[rows.valid]
+        mixed = attention(q, k, v, rows)
+        return mixed.index_select(0, rows.valid)
+
+
+def _padded(states: Tensor, rows: Rows) -> Tensor:
+    """Packed states [N, heads, D] as a batch of trees [B, L, heads, D]."""
+    return states.flatten(1).index_select(0, rows.gather).view(rows.batch, rows.length, *states.shape[1:])
 
 
 def top_tokens(logits: Tensor) -> Tensor:
@@ -126,7 +130,7 @@ def top_tokens(logits: Tensor) -> Tensor:
     return best * _ARGMAX_BLOCK + within
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, rows: Rows, scaling: float) -> Tensor:
+def _attention(q: Tensor, k: Tensor, v: Tensor, rows: Rows) -> Tensor:
     """Grouped-query attention by two batched matrix products; q [B, L, H, D], k and v [B, G, K, D].
 
     Returns [B * L, H * D]. The mask covers the last keys; those before them (a prefix) are seen by all.
@@ -134,7 +138,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, rows: Rows, scaling: float) -> T
     batch, length, heads, dim = q.shape
     groups, keys = k.shape[1], k.shape[2]
     repeats = heads // groups
-    q = (q * scaling).view(batch, length, groups, repeats, dim).permute(0, 2, 3, 1, 4)
+    q = q.view(batch, length, groups, repeats, dim).permute(0, 2, 3, 1, 4)
     q = q.reshape(batch * groups, repeats * length, dim)
     scores = torch.bmm(q, k.reshape(batch * groups, keys, dim).transpose(1, 2))
     own = scores.view(batch, groups, repeats, length, keys)[..., keys - rows.mask.shape[-1] :]
@@ -145,13 +149,13 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, rows: Rows, scaling: float) -> T
     return mixed.reshape(batch * length, heads * dim)
 
 
-def _fused_attention(q: Tensor, k: Tensor, v: Tensor, rows: Rows, scaling: float) -> Tensor:
+def _fused_attention(q: Tensor, k: Tensor, v: Tensor, rows: Rows) -> Tensor:
     """The same through the fused kernel, for long sequences."""
     batch, length, heads, dim = q.shape
     mask = F.pad(rows.mask[:, 0], (k.shape[2] - rows.mask.shape[-1], 0))
     repeats = heads // k.shape[1]
     k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
-    mixed = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask, scale=scaling)
+    mixed = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask, scale=1.0)
     return mixed.transpose(1, 2).reshape(batch * length, heads * dim)
 
 
@@ -179,7 +183,7 @@ class _Layer:
         )
 
     def project(self, normed: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated queries [N, H, D] and keys [N, G, D], and values [N, G, D]."""
+        """Rotated queries [N, H, D], scaled for attention, and keys and values [N, G, D]."""
         attention = self.attention
         query, key, value = (
             _linear(module, normed).view(len(normed), -1, self.head_dim)
@@ -187,7 +191,8 @@ class _Layer:
         )
         if hasattr(attention, "q_norm"):
             query, key = attention.q_norm(query), attention.k_norm(key)
-        return _rotate(query, cos, sin), _rotate(key, cos, sin), value
+        scaled = _rotate(query, cos * self.scaling, sin * self.scaling)
+        return scaled, _rotate(key, cos, sin), value
 
     def finish(self, hidden: Tensor, mixed: Tensor) -> Tensor:
         """The rest of the layer after attention: output projection, MLP and both residuals."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from pathlib import Path
 from typing import Any
@@ -153,15 +154,35 @@ def test_an_activated_sub_network_is_scored_like_the_extracted_one(
     assert lm.loglikelihood(requests) == whole
 
 
-def test_bf16_stays_close_to_fp32(model: PreTrainedModel, tokenizer: Any, requests: list[Instance]) -> None:
-    exact = [x for x, _ in PackedLM(model, tokenizer).loglikelihood(requests)]
-    import copy
-
-    half = copy.deepcopy(model).to(torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_no_further_from_fp32_than_lm_evals_own(
+    dtype: torch.dtype, model: PreTrainedModel, tokenizer: Any, requests: list[Instance]
+) -> None:
+    exact = np.array([x for x, _ in PackedLM(model, tokenizer).loglikelihood(requests)])
+    half = copy.deepcopy(model).to(dtype)
     ours = np.array([x for x, _ in PackedLM(half, tokenizer).loglikelihood(requests)])
     theirs = np.array([x for x, _ in by_hflm(half, tokenizer, requests)])
     assert abs(ours - exact).max() < 0.5
     assert abs(ours - exact).mean() <= 1.5 * abs(theirs - exact).mean()
+
+
+def test_bitsandbytes_int8_is_scored_through_its_own_layers(
+    tiny_model_folder: Path, tokenizer: Any, requests: list[Instance]
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    quantized = AutoModelForCausalLM.from_pretrained(
+        tiny_model_folder,
+        dtype=torch.float32,
+        device_map="cpu",
+        quantization_config=BitsAndBytesConfig(load_in_8bit=True),
+    ).eval()
+    kind = type(quantized.model.layers[0].mlp.gate_proj).__name__
+    assert kind == "Linear8bitLt"
+    ours = np.array([x for x, _ in PackedLM(quantized, tokenizer).loglikelihood(requests)])
+    theirs = np.array([x for x, _ in by_hflm(quantized, tokenizer, requests)])
+    np.testing.assert_allclose(ours, theirs, atol=0.02)
 
 
 def test_long_contexts_lose_tokens_on_the_left_and_are_counted(
