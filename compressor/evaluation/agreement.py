@@ -158,7 +158,7 @@ def torch_predict(model: PreTrainedModel) -> Predict:
     def predict(ids: Tokens) -> NDArray[np.integer]:
         with torch.inference_mode():
             packed = PackedModel(model)
-            steps = schedule(pack_rows(ids), packed.device, packed.dtype)
+            steps = schedule(pack_rows(ids), packed.device)
             hidden = packed.run(steps, ids.size)
             top = torch.cat([top_tokens(packed.head(rows)) for rows in torch.split(hidden, _HEAD_ROWS)])
         result: NDArray[np.integer] = top.reshape(ids.shape).cpu().numpy()

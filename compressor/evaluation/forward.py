@@ -69,6 +69,7 @@ class PackedModel:
         cos, sin = (t[0, :, None] for t in self.base.rotary_emb(hidden, step.positions[None]))
         kept: dict[int, Kept] = {prefix: [] for prefix, _, _ in step.keep}
         last = len(self.layers) - 1
+        masks = [call.mask(call.full, self.dtype) for call in step.calls]
         for index, layer in enumerate(self.layers):
             normed = layer.input_norm(hidden)
             query, key, value = layer.project(normed, cos, sin)
@@ -79,7 +80,10 @@ class PackedModel:
                     self._kept |= kept
                     return None
                 hidden = hidden.index_select(0, step.scored)
-            attended = [self._attend(call, index, query, key, value, index == last) for call in step.calls]
+            attended = [
+                self._attend(call, index, query, key, value, mask if index < last else None)
+                for call, mask in zip(step.calls, masks, strict=True)
+            ]
             mixed = torch.cat([part for part in attended if part is not None])
             hidden = layer.finish(hidden, mixed)
         self._kept |= kept
@@ -97,12 +101,13 @@ class PackedModel:
         return torch.cat([before[0], own[0]], 1), torch.cat([before[1], own[1]], 1)
 
     def _attend(
-        self, call: Call, layer: int, query: Tensor, key: Tensor, value: Tensor, last: bool
+        self, call: Call, layer: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
     ) -> Tensor | None:
-        """Attention output [rows of the call, heads * head dim]; in the last layer of scored rows only."""
-        rows = call.scored if last else call.full
+        """Attention output [rows of the call, heads * head dim]; without a mask, of scored rows only."""
+        rows = call.full if mask is not None else call.scored
         if rows is None:
             return None
+        mask = call.mask(rows, self.dtype) if mask is None else mask
         q = _padded(query, rows)
         k, v = (_padded(states, call.full).transpose(1, 2) for states in (key, value))
         if call.parent >= 0:
@@ -110,8 +115,7 @@ class PackedModel:
             k = torch.cat([before_k.expand(rows.batch, -1, -1, -1), k], 2)
             v = torch.cat([before_v.expand(rows.batch, -1, -1, -1), v], 2)
         attention = _fused_attention if call.longest > LONG_ATTENTION else _attention
-        mixed = attention(q, k, v, rows)
-        return mixed.index_select(0, rows.valid)
+        return attention(q, k, v, mask).index_select(0, rows.valid)
 
 
 def _padded(states: Tensor, rows: Rows) -> Tensor:
@@ -130,10 +134,10 @@ def top_tokens(logits: Tensor) -> Tensor:
     return best * _ARGMAX_BLOCK + within
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, rows: Rows) -> Tensor:
+def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """Grouped-query attention by two batched matrix products; q [B, L, H, D], k and v [B, G, K, D].
 
-    Returns [B * L, H * D]. The mask covers the last keys; those before them (a prefix) are seen by all.
+    Returns [B * L, H * D]. The mask [B, L, K'] covers the last keys; all see those before them, a prefix.
     """
     batch, length, heads, dim = q.shape
     groups, keys = k.shape[1], k.shape[2]
@@ -141,18 +145,18 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, rows: Rows) -> Tensor:
     q = q.view(batch, length, groups, repeats, dim).permute(0, 2, 3, 1, 4)
     q = q.reshape(batch * groups, repeats * length, dim)
     scores = torch.bmm(q, k.reshape(batch * groups, keys, dim).transpose(1, 2))
-    own = scores.view(batch, groups, repeats, length, keys)[..., keys - rows.mask.shape[-1] :]
-    own.add_(rows.mask)
+    own = scores.view(batch, groups, repeats, length, keys)[..., keys - mask.shape[-1] :]
+    own.add_(mask[:, None, None])
     weights = scores.softmax(-1)
     mixed = torch.bmm(weights, v.reshape(batch * groups, keys, dim))
     mixed = mixed.view(batch, groups, repeats, length, dim).permute(0, 3, 1, 2, 4)
     return mixed.reshape(batch * length, heads * dim)
 
 
-def _fused_attention(q: Tensor, k: Tensor, v: Tensor, rows: Rows) -> Tensor:
+def _fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """The same through the fused kernel, for long sequences."""
     batch, length, heads, dim = q.shape
-    mask = F.pad(rows.mask[:, 0], (k.shape[2] - rows.mask.shape[-1], 0))
+    mask = F.pad(mask[:, None], (k.shape[2] - mask.shape[-1], 0))
     repeats = heads // k.shape[1]
     k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
     mixed = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask, scale=1.0)

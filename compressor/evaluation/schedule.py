@@ -21,14 +21,17 @@ WAVE_TOKENS = 8192
 
 @dataclass(frozen=True)
 class Rows:
-    """Trees of one call as a padded batch. ``gather`` int64[B * L] picks block rows (padding repeats
-    one); ``valid`` int64[n] picks the n real ones back; ``mask`` [B, 1, 1, L, K] is 0 or -inf-like."""
+    """Trees of one call as a padded batch of queries.
+
+    ``gather`` int64[B * L] picks block rows (padding repeats one); ``valid`` int64[n] picks the n real
+    ones back; ``offsets`` int64[B, L] is each query's place in its tree.
+    """
 
     batch: int
     length: int
     gather: Tensor
     valid: Tensor
-    mask: Tensor
+    offsets: Tensor
 
 
 @dataclass(frozen=True)
@@ -36,15 +39,26 @@ class Call:
     """Attention of trees that hang from the same prefix: block rows ``start`` to ``end``.
 
     ``full`` holds all their tokens; ``scored`` only those whose output is wanted (None: none is), for
-    the last layer. ``longest`` counts the keys a token may see.
+    the last layer. ``ends`` int64[B, K] is the last token below each key's token (-1: padding).
+    ``longest`` counts the keys a token may see.
     """
 
     parent: int
     start: int
     end: int
     longest: int
+    ends: Tensor
     full: Rows
     scored: Rows | None
+
+    def mask(self, rows: Rows, dtype: torch.dtype) -> Tensor:
+        """[B, L, K]: 0 where a query sees a key of its tree, else the most negative number."""
+        order = torch.arange(self.ends.shape[1], device=self.ends.device)
+        queries = rows.offsets[:, :, None]
+        hidden = (order > queries) | (self.ends[:, None] < queries)
+        return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(
+            hidden, torch.finfo(dtype).min
+        )
 
 
 @dataclass(frozen=True)
@@ -64,11 +78,11 @@ class Step:
     rows: Tensor
 
 
-def schedule(packing: Packing, device: torch.device, dtype: torch.dtype) -> list[Step]:
+def schedule(packing: Packing, device: torch.device) -> list[Step]:
     """Forward passes in an order that respects prefixes. Made once for any number of sub-networks."""
     first_rows = np.cumsum([0, *(len(tree.scored) for tree in packing.trees)])
     budget = BLOCK_TOKENS.get(device.type, BLOCK_TOKENS["cpu"])
-    layout = _Layout(packing, first_rows, device, dtype)
+    layout = _Layout(packing, first_rows, device)
     steps = []
     last_reader = _last_readers(packing)
     for prefixes, leaves in _waves(packing):
@@ -142,7 +156,6 @@ class _Layout:
     packing: Packing
     first_rows: NDArray[np.int64]
     device: torch.device
-    dtype: torch.dtype
 
     def step(self, block: Sequence[int], kept: bool) -> Step:
         trees = [self.packing.trees[number] for number in block]
@@ -166,35 +179,33 @@ class _Layout:
 
     def _call(self, parent: int, trees: Sequence[Tree], start: int) -> Call:
         longest = max(len(tree) for tree in trees)
-        full = self._rows(trees, [np.arange(len(tree)) for tree in trees], int(start), longest)
-        wanted = [tree.scored for tree in trees]
-        some = any(len(offsets) for offsets in wanted)
-        scored = self._rows(trees, wanted, int(start), longest) if some else None
+        ends = np.full((len(trees), longest), -1)
+        for i, tree in enumerate(trees):
+            ends[i, : len(tree)] = tree.ends
+        full = self._rows(trees, [np.arange(len(tree)) for tree in trees], int(start))
+        some = any(len(tree.scored) for tree in trees)
+        scored = self._rows(trees, [tree.scored for tree in trees], int(start)) if some else None
         end = int(start) + sum(len(tree) for tree in trees)
-        return Call(parent, int(start), end, longest + self.packing.prefix_length(parent), full, scored)
+        keys = longest + self.packing.prefix_length(parent)
+        return Call(parent, int(start), end, keys, self._long(ends), full, scored)
 
-    def _rows(
-        self, trees: Sequence[Tree], offsets: Sequence[NDArray[np.int64]], start: int, keys: int
-    ) -> Rows:
-        """The given token offsets of each tree as rows, against all its tokens as keys."""
-        length = max(len(chosen) for chosen in offsets)
+    def _rows(self, trees: Sequence[Tree], chosen: Sequence[NDArray[np.int64]], start: int) -> Rows:
+        """The chosen token offsets of each tree as a padded batch."""
+        length = max(len(offsets) for offsets in chosen)
         gather = np.full((len(trees), length), start)
-        mask = np.zeros((len(trees), length, keys), np.bool_)
-        mask[:, :, 0] = True
+        padded = np.zeros((len(trees), length), np.int64)
         valid = np.zeros((len(trees), length), np.bool_)
-        for i, (tree, chosen) in enumerate(zip(trees, offsets, strict=True)):
-            gather[i, : len(chosen)] = start + chosen
-            mask[i, : len(chosen), : len(tree)] = tree.mask()[chosen]
-            valid[i, : len(chosen)] = True
+        for i, (tree, offsets) in enumerate(zip(trees, chosen, strict=True)):
+            gather[i, : len(offsets)] = start + offsets
+            padded[i, : len(offsets)] = offsets
+            valid[i, : len(offsets)] = True
             start += len(tree)
-        additive = torch.zeros(mask.shape, dtype=self.dtype)
-        additive.masked_fill_(torch.from_numpy(~mask), torch.finfo(self.dtype).min)
         return Rows(
             len(trees),
             length,
             self._long(gather.ravel()),
             self._long(np.flatnonzero(valid)),
-            additive[:, None, None].to(self.device),
+            self._long(padded),
         )
 
     def _long(self, array: NDArray[np.int64]) -> Tensor:
