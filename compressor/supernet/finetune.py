@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compressor.errors import TrainingError
+from compressor.errors import InputError, TrainingError
 from compressor.events import Listener, LossReported, StageProgress, ignore
 from compressor.space import SearchSpace
 from compressor.supernet import targets
@@ -30,6 +30,7 @@ from compressor.supernet.data import Examples
 from compressor.supernet.elastic import Elastic
 from compressor.supernet.objective import Objective
 from compressor.supernet.optimizer import MasterAdamW, warmup_cosine
+from compressor.supernet.processes import join_processes
 from compressor.supernet.subnet_sampling import networks_of_step
 
 __all__ = ["Examples", "FinetuneConfig", "FinetuneResult", "discard_checkpoint", "finetune"]
@@ -87,7 +88,10 @@ class _Tuning:
         self.trainable = self._choose_parameters()
         self.optimizer = MasterAdamW(self.trainable, config.lr, config.weight_decay, (0.9, 0.95))
         self.identity = _identity(space, config, examples)
-        self.objective = Objective(elastic, space, examples, config, self.identity, folder)
+        self.processes = join_processes()
+        if config.batch < self.processes.count:
+            raise InputError(f"a batch of {config.batch} is too small for {self.processes.count} processes")
+        self.objective = Objective(elastic, space, examples, config, self.identity, folder, self.processes)
         self.elapsed_s = time.monotonic() - started
         self._resume()
 
@@ -97,15 +101,15 @@ class _Tuning:
         started = saved_at - self.elapsed_s
         while self.step < self.config.steps and self.elapsed_s < 60 * self.config.minutes:
             losses = self._take_step()
-            self.elapsed_s = time.monotonic() - started
+            self.elapsed_s = self.processes.total(time.monotonic() - started) / self.processes.count
             for network, loss in losses.items():
                 self.losses[network].append(loss)
                 listener(LossReported(self.step, network, loss))
                 on_curve(network, self.step, loss)
             detail = ", ".join(f"{network} loss {loss:.3f}" for network, loss in losses.items())
             listener(StageProgress(STAGE, self.step, self._expected_steps(), detail))
-            if self.folder is not None and time.monotonic() - saved_at > 60 * self.config.checkpoint_minutes:
-                save_checkpoint(self.folder, self._state())
+            if time.monotonic() - saved_at > 60 * self.config.checkpoint_minutes:
+                self._save()
                 saved_at = time.monotonic()
         return self._result()
 
@@ -125,6 +129,7 @@ class _Tuning:
             self.space, config.recipe, config.super_every, config.sampling, self.step, self.rng
         )
         losses = self.objective.losses(networks, self._next_rows())
+        self.processes.add_up(p.grad for p in self.trainable if p.grad is not None)
         lr = config.lr * warmup_cosine(self._progress(), config.warmup)
         norm = self.optimizer.step(lr, config.max_norm)
         self.step += 1
@@ -164,6 +169,10 @@ class _Tuning:
         for parameter in self.model.parameters():
             parameter.requires_grad_(self.config.train_embeddings or id(parameter) in inner)
         return [p for p in self.model.parameters() if p.requires_grad]
+
+    def _save(self) -> None:
+        if self.folder is not None and self.processes.rank == 0:
+            save_checkpoint(self.folder, self._state())
 
     def _state(self) -> dict[str, Any]:
         return {

@@ -13,6 +13,7 @@ from compressor.supernet.config import FinetuneConfig
 from compressor.supernet.data import Examples
 from compressor.supernet.elastic import Elastic
 from compressor.supernet.losses import IGNORED, cross_entropy, distillation
+from compressor.supernet.processes import Processes
 from compressor.supernet.targets import Targets, compute, final_states, load_or_compute
 
 
@@ -27,15 +28,23 @@ class Objective:
         config: FinetuneConfig,
         identity: str,
         folder: Path | None,
+        processes: Processes,
     ) -> None:
+        self._processes = processes
         self._elastic, self._space, self._examples, self._config = elastic, space, examples, config
         self._model: Any = elastic.model
         self._targets: Targets | None = None
         if config.distils and config.teacher == "original":
-            self._targets = load_or_compute(self._model, examples.ids, config.batch, identity, folder)
+            kept_in = folder if processes.rank == 0 else None
+            self._targets = load_or_compute(self._model, examples.ids, config.batch, identity, kept_in)
 
     def losses(self, networks: list[tuple[str, SubNetwork]], rows: list[int]) -> dict[str, float]:
-        """Add the gradients of every network on these examples; mean loss (nats) of each kind."""
+        """Add the gradients of every network on these examples; mean loss (nats) of each kind.
+
+        Each process adds those of its own part, weighted as a part of the whole.
+        """
+        counted = int((self._examples.labels[rows][:, 1:] != IGNORED).sum())
+        rows = self._processes.part(rows)
         targets, chosen = self._targets, rows
         if self._config.distils and targets is None:
             whole = self._elastic.activate(self._space.largest)
@@ -43,14 +52,15 @@ class Objective:
         sums: dict[str, list[float]] = {}
         for kind, subnet in networks:
             self._elastic.activate(subnet)
-            value = self._accumulate(rows, targets, chosen, 1.0 / len(networks))
-            sums.setdefault(kind, []).append(value)
+            value = self._accumulate(rows, targets, chosen, counted, 1.0 / len(networks))
+            sums.setdefault(kind, []).append(self._processes.total(value))
         return {kind: sum(values) / len(values) for kind, values in sums.items()}
 
-    def _accumulate(self, rows: list[int], targets: Targets | None, chosen: list[int], share: float) -> float:
-        """Backward through the active network in parts; its loss over all rows."""
-        counted = int((self._examples.labels[rows][:, 1:] != IGNORED).sum())
-        size = len(rows) // self._config.accumulation
+    def _accumulate(
+        self, rows: list[int], targets: Targets | None, chosen: list[int], counted: int, share: float
+    ) -> float:
+        """Backward through the active network in parts; their share of the loss of ``counted`` tokens."""
+        size = max(1, len(rows) // self._config.accumulation)
         total = 0.0
         for start in range(0, len(rows), size):
             part = slice(start, start + size)

@@ -1,0 +1,54 @@
+"""The processes that share a fine-tuning, started by ``accelerate launch`` or alone.
+
+Every process draws the same sub-networks and the same batch, computes its part of the batch, and adds
+up gradients with the others, so that the result is that of one process with the whole batch.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Processes:
+    """``rank`` of ``count`` processes."""
+
+    rank: int = 0
+    count: int = 1
+
+    def part(self, rows: list[int]) -> list[int]:
+        """This process's share of a batch."""
+        return rows[self.rank :: self.count]
+
+    @torch.no_grad()
+    def add_up(self, tensors: Iterable[Tensor]) -> None:
+        """Sum each tensor over all processes, in place, in fp32."""
+        if self.count > 1:
+            for tensor in tensors:
+                summed = tensor.float()
+                dist.all_reduce(summed)
+                tensor.copy_(summed)
+
+    def total(self, value: float) -> float:
+        """The sum of a number over all processes."""
+        holder = torch.tensor([value], dtype=torch.float64)
+        if self.count > 1:
+            holder = holder.to("cuda" if dist.get_backend() == "nccl" else "cpu")
+            dist.all_reduce(holder)
+        return float(holder)
+
+
+def join_processes() -> Processes:
+    """The processes that the launcher started (their group is formed on the first call)."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return Processes()
+    from accelerate import PartialState
+
+    state = PartialState(cpu=not torch.cuda.is_available())
+    return Processes(state.process_index, state.num_processes)
