@@ -16,7 +16,32 @@ from compressor.space import SubNetwork
 
 def cut(folder: Path, subnet: SubNetwork) -> PreTrainedModel:
     """The sub-network of an unsorted super-network folder, in fp32."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return _cut(_load(folder), subnet)
+
+
+def cut_quantized(folder: Path, subnet: SubNetwork, outer_bits: int = 8) -> PreTrainedModel:
+    """The sub-network with every matrix rounded as the export rounds it, before it is cut."""
+    model = _load(folder)
+    for index, bits in zip(subnet.layers, subnet.bits, strict=True):
+        for module in model.model.layers[index].modules():
+            if isinstance(module, nn.Linear):
+                _round(module.weight, bits)
+    _round(model.model.embed_tokens.weight, outer_bits)
+    if not model.config.tie_word_embeddings:
+        _round(model.lm_head.weight, outer_bits)
+    return _cut(model, subnet)
+
+
+def logits(model: PreTrainedModel, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+    with torch.no_grad():
+        return np.asarray(model(torch.from_numpy(ids)).logits.numpy())
+
+
+def _load(folder: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def _cut(model: PreTrainedModel, subnet: SubNetwork) -> PreTrainedModel:
     layers = [model.model.layers[i] for i in subnet.layers]
     for position, (layer, width) in enumerate(zip(layers, subnet.widths, strict=True)):
         layer.self_attn.layer_idx = position
@@ -29,23 +54,6 @@ def cut(folder: Path, subnet: SubNetwork) -> PreTrainedModel:
     model.model.layers = nn.ModuleList(layers)
     model.config.num_hidden_layers = len(layers)
     return model
-
-
-def quantized(model: PreTrainedModel, subnet: SubNetwork, outer_bits: int = 8) -> PreTrainedModel:
-    """The model with every matrix rounded as the export rounds it."""
-    for layer, bits in zip(model.model.layers, subnet.bits, strict=True):
-        for module in layer.modules():
-            if isinstance(module, nn.Linear):
-                _round(module.weight, bits)
-    _round(model.model.embed_tokens.weight, outer_bits)
-    if not model.config.tie_word_embeddings:
-        _round(model.lm_head.weight, outer_bits)
-    return model
-
-
-def logits(model: PreTrainedModel, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-    with torch.no_grad():
-        return np.asarray(model(torch.from_numpy(ids)).logits.numpy())
 
 
 def _round(weight: nn.Parameter, bits: int) -> None:

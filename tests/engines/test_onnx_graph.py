@@ -15,7 +15,7 @@ from compressor.engines.onnx_session import Decoder, open_session, prefill_logit
 from compressor.engines.onnx_store import Export
 from compressor.space import SubNetwork
 from tests.conftest import make_tiny_model
-from tests.engines.reference import cut, logits, quantized
+from tests.engines.reference import cut_quantized, logits
 
 IDS = np.random.default_rng(0).integers(0, 512, (2, 24))
 
@@ -24,6 +24,7 @@ SUBNETWORKS = [
     SubNetwork((0, 2, 3), (64, 128, 32)),
     SubNetwork((1, 3), (96, 64), (4, 8)),
     SubNetwork((2,), (32,), (4,)),
+    SubNetwork((0, 1), (100, 13), (8, 4)),
 ]
 
 FAMILIES = {
@@ -54,14 +55,14 @@ def fp32_logits(exported: Export, subnet: SubNetwork, numerics: str = "int8") ->
 def test_a_slice_agrees_with_the_extracted_model(
     tiny_export: Export, tiny_model_folder: Path, subnet: SubNetwork
 ) -> None:
-    reference = quantized(cut(tiny_model_folder, subnet), subnet)
+    reference = cut_quantized(tiny_model_folder, subnet)
     assert np.abs(fp32_logits(tiny_export, subnet) - logits(reference, IDS)).max() < 1e-3
 
 
 def test_int4_rounds_every_matrix_to_four_bits(tiny_export: Export, tiny_model_folder: Path) -> None:
     subnet = SubNetwork((0, 3), (128, 64))
     four = SubNetwork(subnet.layers, subnet.widths, (4, 4))
-    reference = quantized(cut(tiny_model_folder, four), four, outer_bits=4)
+    reference = cut_quantized(tiny_model_folder, four, outer_bits=4)
     assert np.abs(fp32_logits(tiny_export, subnet, "int4") - logits(reference, IDS)).max() < 1e-3
 
 
@@ -70,7 +71,7 @@ def test_variants_of_llama(tmp_path: Path, family: str) -> None:
     folder = make_tiny_model(tmp_path / "model", **FAMILIES[family])
     exported = export(folder, tmp_path / "export")
     subnet = SubNetwork((0, 2), (128, 64))
-    reference = quantized(cut(folder, subnet), subnet)
+    reference = cut_quantized(folder, subnet)
     assert np.abs(fp32_logits(exported, subnet) - logits(reference, IDS)).max() < 1e-3
 
 
@@ -79,7 +80,7 @@ def test_other_families(tiny_model_folder: Path, tmp_path: Path, family: str) ->
     folder = make_relative(tiny_model_folder, tmp_path / "model", family)
     exported = export(folder, tmp_path / "export")
     subnet = SubNetwork((0, 2), (128, 64))
-    reference = quantized(cut(folder, subnet), subnet)
+    reference = cut_quantized(folder, subnet)
     assert np.abs(fp32_logits(exported, subnet) - logits(reference, IDS)).max() < 1e-3
 
 
@@ -122,6 +123,15 @@ def test_decoding_step_by_step_gives_the_logits_of_one_pass(tiny_export: Export)
     stepwise += [decoder.step(IDS[:, i : i + 1]).copy() for i in range(10, IDS.shape[1])]
     whole = fp32_logits(tiny_export, SUBNETWORKS[1])[:, 9:]
     assert np.abs(np.concatenate(stepwise, axis=1) - whole).max() < 1e-4
+
+
+def test_int8_activations_stay_close(tiny_export: Export) -> None:
+    for subnet in SUBNETWORKS:
+        tensors = tiny_export.tensors(subnet)
+        graph = build_graph(tiny_export.shape, tiny_export.constants, tensors, logits="all")
+        ours = prefill_logits(open_session(graph, tiny_export.folder, 1), tiny_export.shape, IDS)
+        exact = fp32_logits(tiny_export, subnet)
+        assert np.abs(ours - exact).max() < 0.1 * np.abs(exact).max()
 
 
 def test_a_graph_is_small(tiny_export: Export) -> None:
