@@ -96,6 +96,7 @@ def _plan(bench: units.Bench, book: _Book, repeats: int) -> Any:
             yield from runs if repeat % 2 == 0 else reversed(runs)
     yield "peak", bench.peak
     yield "breakdown", bench.breakdown
+    yield "race", bench.race
     for share in (0.25, 0.5, 1.0):
         for repeat in range(repeats):
             yield f"linear/{share}/{repeat}", lambda s=share: bench.ours("arc_easy", "bf16", share=s)
@@ -107,7 +108,6 @@ def _plan(bench: units.Bench, book: _Book, repeats: int) -> Any:
         yield f"memory/{who}", lambda w=who: bench.memory(w, _best_batch(book, "mmlu"))
     for task in units.ACCURACY_TASKS:
         yield f"accuracy/{task}", lambda t=task: bench.accuracy(t)
-    yield "race", bench.race
 
 
 def _best_batch(book: _Book, task: str) -> int:

@@ -38,6 +38,7 @@ ACCURACY_LIMITS = {"mmlu": 10}
 ACCURACY_LIMIT = 100
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 RACERS = 12
+RACE_ITEMS = 200
 SLICE = 20
 Requests = list[Any]
 
@@ -220,7 +221,7 @@ class Bench:
         from compressor.supernet.elastic import Elastic
 
         model = self.model("bf16")
-        evaluator = TaskEvaluator("arc_easy", self.tokenizer, self.data, limit=self.items, max_length=8192)
+        evaluator = TaskEvaluator("arc_easy", self.tokenizer, self.data, limit=RACE_ITEMS, max_length=8192)
         subnets = self._racers(model)
         elastic = Elastic(model)
         full, started = [], time.perf_counter()
@@ -256,11 +257,11 @@ class Bench:
         }
 
     def _racers(self, model: Any) -> list[SubNetwork]:
-        """Random sub-networks of the starter, neurons and layers ranked on C4 first."""
+        """Random sub-networks of the starter, neurons and layers ranked on WikiText first."""
         from compressor.supernet.importance import rank, sort_neurons
 
-        lines = (self.data / "wikitext2" / "valid.txt").read_text(encoding="utf-8")[:40000]
-        ids = self.tokenizer(lines, return_tensors="pt")["input_ids"][0, :8192].view(16, 512)
+        text = (self.data / "wikitext2" / "valid.txt").read_text(encoding="utf-8")[:40000]
+        ids = self.tokenizer(text, return_tensors="pt")["input_ids"][0, :8192].view(16, 512)
         importance = rank(model, list(ids.split(4)))
         sort_neurons(model, importance)
         from compressor.models import shape_of_config
