@@ -5,10 +5,11 @@ Exit codes: 0 done; 1 the program is at fault; 2 something the user can correct;
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -33,34 +34,36 @@ PackageArgument = Annotated[Path, typer.Argument(metavar="PACKAGE", help="Packag
 
 def main() -> None:
     """Entry point: run a verb; turn errors into one line and an exit code."""
-    os.environ.setdefault(
-        "OMP_WAIT_POLICY", "PASSIVE"
-    )  # spinning threads starve each other on a busy machine
+    # Threads that spin while they wait starve each other on a machine that has anything else to do.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     debug = "--debug" in sys.argv
     try:
-        app(standalone_mode=False, args=[a for a in sys.argv[1:] if a != "--debug"])
-    except CompressorError as error:
-        if debug:
-            raise
-        fail(str(error), error.exit_code)
+        code = app(standalone_mode=False, args=[a for a in sys.argv[1:] if a != "--debug"])
     except KeyboardInterrupt:
         fail("interrupted; what was finished is kept, and --resume goes on from there", 130)
-    except OSError as error:
+    except Exception as error:
         if debug:
             raise
-        fail(
-            f"{error.strerror or error}: {error.filename or 'input/output failed'}; free it and run again", 2
-        )
-    except typer.Abort:
-        fail("aborted", 130)
-    except Exception as error:
-        usage = getattr(error, "format_message", None)
-        if debug or usage is None:
-            raise
-        fail(f"{usage()} (see `compress --help`)", getattr(error, "exit_code", 2))
+        fail(*explained(error))
+    sys.exit(code if isinstance(code, int) else 0)
 
 
-def fail(message: str, code: int) -> None:
+def explained(error: Exception) -> tuple[str, int]:
+    """What to tell the user, and the exit code."""
+    if isinstance(error, CompressorError):
+        return str(error), error.exit_code
+    usage = getattr(error, "format_message", None)
+    if usage is not None:
+        return f"{usage()} (see `compress --help`)", getattr(error, "exit_code", 2)
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"the disk is full ({error.filename}): free some, then go on with --resume", 2
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}: check that it exists and may be read and written", 2
+    report = "run again with --debug and report what it prints"
+    return f"this is a bug: {type(error).__name__}: {error}; {report}", 1
+
+
+def fail(message: str, code: int) -> NoReturn:
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(code)
 

@@ -169,7 +169,8 @@ def test_help_shows_examples_and_loads_nothing_heavy(tmp_path: Path) -> None:
     code = (
         "import sys; from typer.testing import CliRunner; from compressor.cli import app; "
         "CliRunner().invoke(app, ['--help']); "
-        "print([m for m in ('torch', 'transformers', 'onnxruntime', 'pymoo', 'matplotlib') if m in sys.modules])"
+        "heavy = ('torch', 'transformers', 'onnxruntime', 'pymoo', 'matplotlib'); "
+        "print([m for m in heavy if m in sys.modules])"
     )
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert loaded.stdout.strip() == "[]"
