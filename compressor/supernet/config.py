@@ -16,7 +16,9 @@ class FinetuneConfig:
 
     ``loss``: the divergence from the teacher's distribution (``distill``), the cross-entropy of the
     labels, or the mean of ``both``. ``teacher``: the frozen ``original``, or the ``super`` network as it is
-    at that step. ``batch`` examples a step go through the model in ``accumulation`` parts.
+    at that step. ``batch`` examples a step go through the model in ``accumulation`` parts. The last
+    ``held_out`` examples are not trained on: every ``check_every`` steps the smallest sub-network's loss
+    on them is taken, and ``patience`` checks without a new best end the tuning.
     """
 
     steps: int = 60
@@ -36,10 +38,22 @@ class FinetuneConfig:
     train_embeddings: bool = False
     gradient_checkpointing: bool = False
     checkpoint_minutes: float = 5.0
+    held_out: int = 0
+    check_every: int = 50
+    patience: int = 3
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "minutes", "batch", "accumulation", "lr", "temperature", "max_norm"):
+        for name in (
+            "steps",
+            "minutes",
+            "batch",
+            "accumulation",
+            "lr",
+            "temperature",
+            "max_norm",
+            "patience",
+        ):
             if not getattr(self, name) > 0:
                 raise InputError(f"the fine-tuning's {name} must be above 0 (got {getattr(self, name)})")
         if self.batch % self.accumulation:
@@ -62,3 +76,4 @@ class FinetuneResult:
     super_loss: float
     sub_loss: float
     resumed_at: int = 0
+    stopped_early: bool = False

@@ -52,7 +52,7 @@ def finetune(
 ) -> FinetuneResult:
     """Tune the super-network in place; ``folder`` keeps a checkpoint from which a killed run resumes.
 
-    ``on_curve(curve, step, loss)`` gets every step's loss under ``super`` or ``sub``. Raises
+    ``on_curve(curve, step, loss)`` gets losses under ``super``, ``sub`` and ``held-out``. Raises
     ``TrainingError`` on a loss that is not finite (the model then holds the last good weights) or a
     full disk, ``RunConflictError`` for a checkpoint of another tuning.
     """
@@ -84,10 +84,15 @@ class _Tuning:
         self.losses: dict[str, list[float]] = {"super": [], "sub": []}
         self.rng = np.random.default_rng(config.seed)
         self.order: list[int] = []
+        self.checks: list[float] = []
         self.attention: str = self.model.config._attn_implementation
         self.trainable = self._choose_parameters()
         self.optimizer = MasterAdamW(self.trainable, config.lr, config.weight_decay, (0.9, 0.95))
         self.identity = _identity(space, config, examples)
+        if config.held_out >= len(examples.ids):
+            raise InputError(
+                f"holding out {config.held_out} of {len(examples.ids)} examples leaves none to train on"
+            )
         self.processes = join_processes()
         if config.batch < self.processes.count:
             raise InputError(f"a batch of {config.batch} is too small for {self.processes.count} processes")
@@ -99,7 +104,7 @@ class _Tuning:
         self._prepare_model()
         saved_at = time.monotonic()
         started = saved_at - self.elapsed_s
-        while self.step < self.config.steps and self.elapsed_s < 60 * self.config.minutes:
+        while not self._over():
             losses = self._take_step()
             self.elapsed_s = self.processes.total(time.monotonic() - started) / self.processes.count
             for network, loss in losses.items():
@@ -108,10 +113,27 @@ class _Tuning:
                 on_curve(network, self.step, loss)
             detail = ", ".join(f"{network} loss {loss:.3f}" for network, loss in losses.items())
             listener(StageProgress(STAGE, self.step, self._expected_steps(), detail))
+            self._check_held_out(on_curve)
             if time.monotonic() - saved_at > 60 * self.config.checkpoint_minutes:
                 self._save()
                 saved_at = time.monotonic()
         return self._result()
+
+    def _over(self) -> bool:
+        out_of_time = self.elapsed_s >= 60 * self.config.minutes
+        return self.step >= self.config.steps or out_of_time or self._stopped_early()
+
+    def _stopped_early(self) -> bool:
+        best = min(range(len(self.checks)), key=lambda i: self.checks[i], default=0)
+        return len(self.checks) - 1 - best >= self.config.patience
+
+    def _check_held_out(self, on_curve: CurveListener) -> None:
+        if self.config.held_out and self.step % self.config.check_every == 0:
+            rows = list(range(len(self.examples.ids)))[-self.config.held_out :]
+            self.model.eval()
+            self.checks.append(self.objective.evaluate(self.space.smallest, rows))
+            self.model.train()
+            on_curve("held-out", self.step, self.checks[-1])
 
     def close(self) -> None:
         self.elastic.reset()
@@ -143,7 +165,7 @@ class _Tuning:
     def _next_rows(self) -> list[int]:
         """Indices of the next batch; every example once before any comes again."""
         while len(self.order) < self.config.batch:
-            self.order += self.rng.permutation(len(self.examples.ids)).tolist()
+            self.order += self.rng.permutation(len(self.examples.ids) - self.config.held_out).tolist()
         rows, self.order = self.order[: self.config.batch], self.order[self.config.batch :]
         return rows
 
@@ -180,6 +202,7 @@ class _Tuning:
             "step": self.step,
             "elapsed_s": self.elapsed_s,
             "losses": self.losses,
+            "checks": self.checks,
             "order": self.order,
             "rng": json.dumps(self.rng.bit_generator.state),
             "optimizer": self.optimizer.state_dict(),
@@ -190,7 +213,7 @@ class _Tuning:
         if state is None:
             return
         self.step, self.elapsed_s, self.losses = state["step"], state["elapsed_s"], state["losses"]
-        self.order, self.resumed_at = state["order"], state["step"]
+        self.order, self.checks, self.resumed_at = state["order"], state["checks"], state["step"]
         self.rng.bit_generator.state = json.loads(state["rng"])
         self.optimizer.load_state_dict(state["optimizer"])
 
@@ -203,6 +226,7 @@ class _Tuning:
             _late_mean(self.losses["super"]),
             _late_mean(self.losses["sub"]),
             self.resumed_at,
+            self._stopped_early(),
         )
 
 

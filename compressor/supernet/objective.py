@@ -56,6 +56,20 @@ class Objective:
             sums.setdefault(kind, []).append(self._processes.total(value))
         return {kind: sum(values) / len(values) for kind, values in sums.items()}
 
+    @torch.no_grad()
+    def evaluate(self, subnet: SubNetwork, rows: list[int]) -> float:
+        """Loss (nats a counted token) of a sub-network on examples, which teach it nothing."""
+        self._elastic.activate(subnet)
+        total, count = 0.0, 0
+        for start in range(0, len(rows), self._config.batch):
+            part = rows[start : start + self._config.batch]
+            labels = self._examples.labels[part][:, 1:].flatten()
+            counted = int((labels != IGNORED).sum())
+            if counted:
+                total += counted * float(self._loss(part, labels, self._targets, part))
+                count += counted
+        return total / max(count, 1)
+
     def _accumulate(
         self, rows: list[int], targets: Targets | None, chosen: list[int], counted: int, share: float
     ) -> float:

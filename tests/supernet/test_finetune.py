@@ -145,11 +145,28 @@ def test_saving_memory_changes_no_loss(
         ({"minutes": math.nan}, "minutes must be above 0"),
         ({"batch": 8, "accumulation": 3}, "does not split"),
         ({"train_embeddings": True}, "don't train the embeddings"),
+        ({"patience": 0}, "patience must be above 0"),
     ],
 )
 def test_a_wrong_setting_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         FinetuneConfig(**changes)
+
+
+def test_a_held_out_loss_that_stops_falling_ends_it(space: SearchSpace, text: Tensor) -> None:
+    labels = text.clone()
+    labels[-4:] = text[-4:].flip(1)  # what nothing in the training rows foretells
+    curve: list[tuple[str, int, float]] = []
+    config = FinetuneConfig(
+        steps=400, batch=4, lr=1e-2, loss="cross-entropy", held_out=4, check_every=5, patience=3
+    )
+    result = finetune(
+        Elastic(make_model()), space, Examples(text, labels), config, on_curve=lambda *p: curve.append(p)
+    )
+    checks = [(step, loss) for network, step, loss in curve if network == "held-out"]
+    assert result.stopped_early
+    assert result.steps == checks[-1][0] < 400
+    assert min(checks, key=lambda check: check[1]) == checks[-4]
 
 
 def test_time_ends_it(model: PreTrainedModel, space: SearchSpace, text: Tensor) -> None:
