@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 Logits = npt.NDArray[np.float32]
-_HEAD = 1024  # enough of the sorted distribution for top_p in all but flat cases
+_RARE = 1e-3  # of the likeliest token's weight: below it lies little but in flat distributions
 
 
 @dataclass(frozen=True)
@@ -70,15 +70,14 @@ class Sampler:
 
     def _sample(self, logits: Logits) -> int:
         params = self._params
-        scaled = (logits.astype(np.float64) - logits.max()) / params.temperature
+        weights = np.exp((logits - logits.max()) / np.float32(params.temperature))
         if not params.top_k and params.top_p >= 1 and not params.min_p:
-            return self._draw(np.exp(scaled))
-        weights = np.exp(scaled)
+            return self._draw(weights)
         order = _truncate(weights, params)
         return int(order[self._draw(weights[order])])
 
-    def _draw(self, weights: npt.NDArray[np.float64]) -> int:
-        cumulative = weights.cumsum()
+    def _draw(self, weights: Logits) -> int:
+        cumulative = weights.cumsum(dtype=np.float64)
         index = int(cumulative.searchsorted(self._random.random() * cumulative[-1], side="right"))
         return min(index, len(weights) - 1)
 
@@ -94,22 +93,27 @@ def logprob_of(logits: Logits, token: int, top: int) -> TokenLogprob:
     return TokenLogprob(token, float(logits[token]) - normalizer, best)
 
 
-def _truncate(weights: npt.NDArray[np.float64], params: SamplingParams) -> npt.NDArray[np.int64]:
-    """Ids that top_k, top_p (nucleus) and min_p leave, likeliest first."""
-    total = weights.sum()
-    order = _largest(weights, params.top_k or _HEAD)
-    kept = weights[order]
-    if params.top_k:
-        total = kept.sum()
-    elif kept.sum() < params.top_p * total or kept[-1] > params.min_p * kept[0] > 0:
-        order = _largest(weights, len(weights))
-        kept = weights[order]
+def _truncate(weights: Logits, params: SamplingParams) -> npt.NDArray[np.int64]:
+    """Ids that top_k, then top_p (nucleus), then min_p leave, likeliest first; the largest weight is 1."""
+    total = float(weights.sum(dtype=np.float64))
+    order = np.flatnonzero(weights >= _RARE)
+    if not _suffices(weights[order], total, params):
+        order = np.arange(len(weights))
+    order = order[_largest(weights[order], params.top_k or len(order))]
+    kept = weights[order].astype(np.float64)
     if params.top_p < 1:
         before = kept.cumsum() - kept
-        order, kept = order[before < params.top_p * total], kept[before < params.top_p * total]
-    if params.min_p:
-        order = order[kept >= params.min_p * kept[0]]
-    return order
+        order = order[before < params.top_p * (kept.sum() if params.top_k else total)]
+    return order[weights[order] >= params.min_p]
+
+
+def _suffices(frequent: Logits, total: float, params: SamplingParams) -> bool:
+    """Whether the tokens that aren't rare include all that may be kept; sorting them is cheap."""
+    if params.top_k:
+        return len(frequent) >= params.top_k
+    if params.top_p < 1:
+        return bool(frequent.sum(dtype=np.float64) >= params.top_p * total)
+    return params.min_p >= _RARE
 
 
 def _largest(values: npt.NDArray[np.floating], count: int) -> npt.NDArray[np.int64]:
