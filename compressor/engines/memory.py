@@ -8,6 +8,7 @@ prompt tokens at once. What Python and ONNX Runtime's own code take is not count
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 
 from compressor.engines.base import MemoryEstimate
@@ -53,7 +54,8 @@ def rope_bytes(shape: ModelShape) -> int:
 
 
 def resident_bytes() -> int:
-    """Memory of this process that is resident now."""
+    """Memory of this process that is resident now, what it freed but still holds given back first."""
+    _give_back_freed()
     return _status_bytes("VmRSS")
 
 
@@ -91,6 +93,12 @@ def _activation_bytes(shape: ModelShape, subnet: SubNetwork, workload: Workload,
     tokens = workload.prompt_tokens * workload.concurrency
     logits = 2 * workload.concurrency * shape.vocab_size
     return _SESSION_BYTES + int(_ARENA_SLACK * element * (tokens * per_token + logits))
+
+
+def _give_back_freed() -> None:
+    """Let glibc return freed memory, which a later allocation would otherwise take without a trace."""
+    if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(0)
 
 
 def _status_bytes(field: str) -> int:
