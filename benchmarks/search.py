@@ -49,7 +49,11 @@ def main() -> int:
         for checkpoint in checkpoints:
             for algorithm in algorithms:
                 run(bench, algorithm, seed, checkpoint, deadline)
-    traces = [run(bench, a, seed, 0, deadline) for a in algorithms for seed in range(options.seeds)]
+    traces = [
+        run(bench, algorithm, seed, options.evaluations, 0.0)
+        for algorithm in algorithms
+        for seed in range(options.seeds)
+    ]
     missed = report(bench, traces, checkpoints)
     if options.plot:
         plot(traces, options.plot)
@@ -94,12 +98,12 @@ class Trace:
 
 
 def run(bench: Bench, algorithm: str, seed: int, evaluations: int, deadline: float) -> Trace:
-    """Go on from what this algorithm and seed evaluated earlier."""
+    """Go on from what this algorithm and seed evaluated earlier, to so many or to the deadline."""
     name = f"trace:{bench.text.digest}:{bench.budget_bytes:.0f}:{algorithm}:{seed}"
     stored: Any = bench.ledger.fact(name) or {"subnets": [], "search_s": 0.0}
     search = make_search(algorithm, bench.problem, seed)
     outcomes, evaluation_s = [], 0.0
-    for data in stored["subnets"]:
+    for data in stored["subnets"][:evaluations]:
         outcome, cost = bench.evaluate(SubNetwork.from_dict(data))
         outcomes.append(outcome)
         evaluation_s += cost
