@@ -18,13 +18,13 @@ from compressor.request import stored_request
 from compressor.runfolder import RunFolder
 from tui.background import BackgroundRun
 from tui.choices import Choices, of_request
+from tui.endpoint import Endpoint
 from tui.facts import ModelFacts
 from tui.helptext import HELP
 from tui.probe import Probe
 from tui.results import Pick
 from tui.screens.dialogs import HelpDialog, LeaveDialog, OpenRunDialog, TooSmallDialog
 from tui.screens.registry import step_factory
-from tui.screens.serve import ServeStep
 from tui.screens.step import Step
 from tui.widgets.trail import STEPS
 
@@ -57,6 +57,7 @@ class Wizard(App[None]):
         self.run_at_work: BackgroundRun | None = None
         self.pick: Pick | None = None
         self.package: Path | None = None
+        self.endpoint: Endpoint | None = None
         self._first_theme = theme
         self._run_to_open = attach
 
@@ -165,9 +166,8 @@ class Wizard(App[None]):
 
     def on_unmount(self) -> None:
         """End what must not outlive the wizard: the endpoint. A run goes on."""
-        serve = self._installed_screens.get("serve")
-        if isinstance(serve, ServeStep):
-            serve.stop_endpoint()
+        if self.endpoint is not None:
+            self.endpoint.stop()
 
     def get_system_commands(self, screen: Screen[object]) -> Iterable[SystemCommand]:
         yield from super().get_system_commands(screen)

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 from textual.pilot import Pilot
+from textual.widgets._footer import FooterKey
 
 from compressor.errors import InfeasibleError
 from tests.tui.conftest import RecordedProbe
 from tests.tui.sample_run import write_run
 from tui.app import Wizard
 from tui.screens.serve import ServeStep
+from tui.screens.step import Step
 from tui.widgets.field import Field
 
 SIZES = [(80, 24), (120, 40)]
@@ -41,8 +43,13 @@ def show(app: Wizard, keys: list[str], size: tuple[int, int], approve: Callable[
 
 
 async def settle(pilot: Pilot[None]) -> None:
+    """Wait for what was asked for, and for the footer, which is drawn last."""
     await pilot.app.workers.wait_for_complete()
     await pilot.pause()
+    for _ in range(100):
+        if not isinstance(pilot.app.screen, Step) or len(pilot.app.screen.query(FooterKey)):
+            break
+        await pilot.pause(0.05)
     await pilot.pause()
 
 

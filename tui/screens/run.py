@@ -37,6 +37,7 @@ class RunStep(Step):
         ("p", "pause", "Pause"),
         ("s", "stop", "Stop"),
         ("r", "restart", "Go on"),
+        ("f", "finish", "Finish"),
     ]
 
     def __init__(self) -> None:
@@ -58,6 +59,7 @@ class RunStep(Step):
         yield Button("Pause", id="pause", compact=True)
         yield Button("Stop, keep", id="stop", compact=True)
         yield Button("Go on", id="restart", compact=True)
+        yield Button("Finish with these", id="finish", compact=True)
 
     def on_mount(self) -> None:
         super().on_mount()
@@ -121,8 +123,19 @@ class RunStep(Step):
         self.say(fault, "error")
         self.refresh_facts()
 
+    def action_finish(self) -> None:
+        """Go on with a stopped run, but ask for no more than was evaluated: choose, package, report."""
+        if self.progress.points and not (self.run is not None and self.run.alive):
+            self.wizard.choices = self.wizard.choices.but(evaluations=len(self.progress.points))
+            self.action_restart()
+
     def on_button_pressed(self, event: Button.Pressed) -> None:
-        actions = {"pause": self.action_pause, "stop": self.action_stop, "restart": self.action_restart}
+        actions = {
+            "pause": self.action_pause,
+            "stop": self.action_stop,
+            "restart": self.action_restart,
+            "finish": self.action_finish,
+        }
         action = actions.get(str(event.button.id))
         if action is None:
             super().on_button_pressed(event)
@@ -176,7 +189,9 @@ class RunStep(Step):
             cause = ending.complaint or f"its process ended with code {ending.code}"
             self.say(f"The run failed: {cause} (Esc: change the plan; R: try again)", "error")
         else:
-            self.say("Stopped. What is finished is kept: R goes on.", "warning")
+            self.say(
+                "Stopped. What is finished is kept: R goes on, F finishes with what there is.", "warning"
+            )
 
     def _show_log(self) -> None:
         log = self.query_one("#log", RichLog)

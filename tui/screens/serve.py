@@ -125,7 +125,7 @@ class ServeStep(Step):
             self.say("give a port" if package else "there is no package yet", "error")
             return
         self.stop_endpoint()
-        self.endpoint = Endpoint(package, port, str(key or ""))
+        self.endpoint = self.wizard.endpoint = Endpoint(package, port, str(key or ""))
         try:
             self.model_name = read_manifest(package).name
             self.endpoint.start()
