@@ -42,12 +42,13 @@ ORDERINGS = (
     ("paper", "paper"),
     ("magnitude", "paper"),
     ("activation", "paper"),
+    ("rms", "paper"),
     ("taylor", "paper"),
     ("paper", "block-influence"),
     ("paper", "leave-one-out"),
     ("paper", "greedy"),
-    ("activation", "block-influence"),
-    ("activation", "greedy"),
+    ("rms", "block-influence"),
+    ("rms", "greedy"),
 )
 
 
@@ -106,11 +107,11 @@ class Bench:
         head = ("recipe", "panel before", "after", "full before", "after", "wikitext2 after")
         print(("{:<26}" + "{:>14}" * 5).format(*head))
         default, steps = self._tuned(
-            "default", ("activation", "greedy"), FinetuneConfig(steps=10**6, minutes=minutes)
+            "default", ("rms", "greedy"), FinetuneConfig(steps=10**6, minutes=minutes)
         )
         paper, _ = self._tuned("paper ordering", ("paper", "paper"), FinetuneConfig(steps=steps))
         plain = FinetuneConfig(steps=steps, loss="cross-entropy", super_every=1)
-        full, _ = self._tuned("full model only", ("activation", "greedy"), plain)
+        full, _ = self._tuned("full model only", ("rms", "greedy"), plain)
         return {
             "steps": steps,
             "panel_gain_nat": default["panel_before"] - default["panel_after"],

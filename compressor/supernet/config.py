@@ -16,7 +16,8 @@ class FinetuneConfig:
 
     ``loss``: the divergence from the teacher's distribution (``distill``), the cross-entropy of the
     labels, or the mean of ``both``. ``teacher``: the frozen ``original``, or the ``super`` network as it is
-    at that step. ``batch`` examples a step go through the model in ``accumulation`` parts. The last
+    at that step. ``budget_parameters``: the most that fit the profile's budget, for ``sampling="budget"``.
+    ``batch`` examples a step go through the model in ``accumulation`` parts. The last
     ``held_out`` examples are not trained on: every ``check_every`` steps the smallest sub-network's loss
     on them is taken, and ``patience`` checks without a new best end the tuning.
     """
@@ -32,6 +33,7 @@ class FinetuneConfig:
     recipe: Recipe = "alternate"
     super_every: int = 4
     sampling: Sampling = "small"
+    budget_parameters: int | None = None
     warmup: float = 0.1
     weight_decay: float = 0.0
     max_norm: float = 1.0

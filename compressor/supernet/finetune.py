@@ -148,7 +148,13 @@ class _Tuning:
         """One batch through the step's networks; the loss of each kind."""
         config = self.config
         networks = networks_of_step(
-            self.space, config.recipe, config.super_every, config.sampling, self.step, self.rng
+            self.space,
+            config.recipe,
+            config.super_every,
+            config.sampling,
+            self.step,
+            self.rng,
+            config.budget_parameters,
         )
         losses = self.objective.losses(networks, self._next_rows())
         self.processes.add_up(p.grad for p in self.trainable if p.grad is not None)

@@ -30,7 +30,7 @@ def test_sorting_leaves_the_logits_unchanged(
     assert (family_model(ids).logits - before).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("metric", ["activation", "magnitude", "taylor"])
+@pytest.mark.parametrize("metric", ["rms", "activation", "magnitude", "taylor"])
 def test_dead_neurons_come_last(model: PreTrainedModel, ids: Tensor, metric: NeuronMetric) -> None:
     dead = torch.tensor([0, 5, 9])
     with torch.no_grad():

@@ -28,7 +28,16 @@ def test_sizes_are_spread_as_named() -> None:
     assert (small < 0.55).mean() > 0.95
 
 
-@pytest.mark.parametrize("sampling", ["genes", "size", "small"])
+def test_a_budget_gathers_samples_just_below_it() -> None:
+    rng = np.random.default_rng(0)
+    full = parameter_count(SHAPE, SPACE.full)
+    budget = int(0.8 * full)
+    drawn = [parameter_count(SHAPE, sample_subnet(SPACE, "budget", rng, budget)) for _ in range(200)]
+    assert 0.6 * full < min(drawn) and max(drawn) < 1.02 * budget
+    assert np.mean(drawn) < 0.95 * budget
+
+
+@pytest.mark.parametrize("sampling", ["genes", "size", "small", "budget"])
 def test_samples_are_of_the_space_and_follow_the_seed(sampling: Sampling) -> None:
     first, again = (sample_subnet(SPACE, sampling, np.random.default_rng(7)) for _ in range(2))
     assert first == again
