@@ -12,6 +12,7 @@ import pytest
 from textual.pilot import Pilot
 from textual.widgets import Input, Static
 
+from compressor.profile import profile_text
 from tests.tui.sample_run import write_run
 from tests.tui.test_processes import HOLDER
 from tests.tui.test_screens import settle
@@ -262,3 +263,62 @@ def test_a_terminal_made_smaller_and_larger_again(wizard: Build) -> None:
         assert step(app) == "device"
 
     drive(wizard(), steps)
+
+
+def test_a_run_at_work_is_paused_and_stopped_by_keys(wizard: Build) -> None:
+    folder = write_run(Path("runs/sample"), 5)
+    command = [sys.executable, "-c", HOLDER, str(folder.path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        holder.stdout.readline()
+
+        async def steps(pilot: Pilot[None], app: Wizard) -> None:
+            run = app.run_at_work
+            assert run is not None
+            await press(pilot, "p")
+            await pilot.pause(0.6)
+            assert run.paused and "Paused" in message(app)
+            await press(pilot, "p")
+            await pilot.pause(0.6)
+            assert not run.paused and message(app) == ""
+            await press(pilot, "s")
+            assert holder.wait(30) == 130
+            await pilot.pause(1.0)
+            assert "R goes on, F finishes" in message(app)
+
+        drive(wizard(folder.path), steps)
+
+
+def test_a_profile_file_of_ones_own_is_taken_or_its_fault_named(wizard: Build) -> None:
+    Path("mine.toml").write_text(profile_text("starter-cpu").replace("starter-cpu", "mine"))
+    Path("wrong.toml").write_text("name = 3")
+
+    async def choose(pilot: Pilot[None], app: Wizard, file: str) -> None:
+        app.screen.query_one("#profiles").focus()
+        await pilot.press("end", "enter")
+        await pilot.pause()
+        assert isinstance(app.screen, PathDialog)
+        await fill_path(pilot, app, file)
+
+    async def fill_path(pilot: Pilot[None], app: Wizard, file: str) -> None:
+        app.screen.query_one(Input).value = file
+        app.screen.query_one(Input).focus()
+        await pilot.press("enter")
+        await settle(pilot)
+
+    async def steps(pilot: Pilot[None], app: Wizard) -> None:
+        await choose(pilot, app, "wrong.toml")
+        assert "wrong.toml" in message(app)
+        assert app.choices.value("profile") == "starter-cpu"
+        await choose(pilot, app, "mine.toml")
+        assert app.choices.request().profile.name == "mine"
+        await press(pilot, "ctrl+n", "ctrl+n")
+        assert "--profile mine.toml" in app.choices.command_line()
+
+    drive(wizard(), steps)
+
+
+def test_without_a_terminal_or_a_run_it_says_so() -> None:
+    done = subprocess.run([sys.executable, "-m", "tui"], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "the wizard needs a terminal" in done.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from textual import work
 from textual.app import ComposeResult
 from textual.binding import BindingType
 from textual.containers import Horizontal, Vertical, VerticalScroll
@@ -13,9 +14,10 @@ from textual.widgets.option_list import Option
 
 from compressor.device import GIB, Fit, Machine, fits
 from compressor.errors import CompressorError
-from compressor.profile import Profile, load_profiles
+from compressor.profile import Profile, load_profile, load_profiles
 from tui import words
 from tui.meaning import budget_meaning
+from tui.screens.dialogs import PathDialog
 from tui.screens.step import Step
 from tui.widgets.field import Field
 
@@ -27,6 +29,9 @@ FIELDS = (
     ("Each token in", "tpot_budget", "number", "ms"),
     ("At once", "concurrency", "integer", "requests"),
 )
+
+
+OWN_FILE = "own-file"
 
 
 class DeviceStep(Step):
@@ -59,14 +64,19 @@ class DeviceStep(Step):
 
     def on_option_list_option_highlighted(self, event: OptionList.OptionHighlighted) -> None:
         name = str(event.option.id)
+        if name == OWN_FILE:
+            return
         if self.wizard.choices.value("profile") == name:
             return
         overrides = {field: None for _, field, _, _ in FIELDS}
         self.wizard.choices = self.wizard.choices.but(profile=name, **overrides)
         self._show_choices()
 
-    def on_option_list_option_selected(self) -> None:
-        self.query_one("#input-memory_budget").focus()
+    def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
+        if event.option.id == OWN_FILE:
+            self._browse()
+        else:
+            self.query_one("#input-memory_budget").focus()
 
     def on_field_changed(self, event: Field.Changed) -> None:
         if not event.error:
@@ -77,6 +87,23 @@ class DeviceStep(Step):
         if self.wizard.machine is None:
             return "still looking at this machine: wait a moment"
         return next((f.error for f in self.query(Field) if f.error), "") or self._fault()
+
+    @work
+    async def _browse(self) -> None:
+        """Take a profile from a TOML file; one that is wrong is named and not taken."""
+        path = await self.wizard.push_screen_wait(PathDialog("A profile of your own", False, (".toml",)))
+        if path is None or self.wizard.machine is None:
+            return
+        try:
+            load_profile(str(path))
+        except CompressorError as error:
+            self.say(str(error), "error")
+            return
+        self.wizard.choices = self.wizard.choices.but(
+            profile=str(path), **{name: None for _, name, _, _ in FIELDS}
+        )
+        self._list_profiles(self.wizard.machine)
+        self._show_choices()
 
     def _list_profiles(self, machine: Machine) -> None:
         shipped = load_profiles()
@@ -91,8 +118,10 @@ class DeviceStep(Step):
             self.wizard.choices = self.wizard.choices.but(profile=chosen)
         names = {p.name: str(chosen) if p in own else p.name for p in self.profiles}
         options = self.query_one("#profiles", OptionList)
+        options.clear_options()
         options.add_options(Option(profile_line(p, fit[p.name]), id=names[p.name]) for p in self.profiles)
-        options.highlighted = options.get_option_index(str(chosen))
+        options.add_option(Option("… a profile file of your own (Enter)", id=OWN_FILE))
+        options.highlighted = options.get_option_index(names.get(str(chosen), str(chosen)))
         options.focus()
 
     def _own_profile(self, shipped: list[str]) -> list[Profile]:

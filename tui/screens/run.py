@@ -62,6 +62,7 @@ class RunStep(Step):
         yield Button("Finish with these", id="finish", compact=True)
 
     def on_mount(self) -> None:
+        self._show_buttons(alive=False)
         super().on_mount()
         self.query_one("#log").can_focus = False
         self.set_interval(LOOK_EVERY_S, self.look)
@@ -164,9 +165,9 @@ class RunStep(Step):
         pause.display = alive
         pause.label = "Go on" if paused else "Pause"
         self.query_one("#stop").display = alive
-        self.query_one("#restart").display = (
-            not alive and self.events is not None and not self.wizard.has_result
-        )
+        stopped = not alive and self.events is not None and not self.wizard.has_result
+        self.query_one("#restart").display = stopped
+        self.query_one("#finish").display = stopped and bool(self.progress.points)
         if paused:
             self.say("Paused: P goes on.", "warning")
         elif alive and "Paused" in str(self.query_one("#message", Static).content):
