@@ -13,10 +13,10 @@ Recipe = Literal["alternate", "sandwich"]
 Network = tuple[str, SubNetwork]
 """``super`` or ``sub``, and the sub-network."""
 
-BUDGET_REACH = 0.2
+BUDGET_REACH = 0.12
 """How far below the budget ``budget`` samples, as a share of it."""
 
-DRAWS = 12
+DRAWS = 32
 """Candidates among which the one nearest to the wanted size is taken."""
 
 
