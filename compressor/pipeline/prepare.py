@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,16 +17,19 @@ from compressor.models import LoadedModel
 from compressor.pipeline.accuracy import mixed_rows
 from compressor.pipeline.context import Context, Result, run_stage
 from compressor.pipeline.plan import Plan
+from compressor.profile import Profile
 from compressor.runfolder import replace_folder
-from compressor.space import SearchSpace
+from compressor.space import SearchSpace, parameter_count
 from compressor.supernet.data import Examples, load_training_data
 from compressor.supernet.elastic import Elastic
 from compressor.supernet.finetune import FinetuneConfig, discard_checkpoint, finetune
 from compressor.supernet.folder import SupernetInfo, read_info, save_supernet, weights_hash
-from compressor.supernet.importance import rank, sort_neurons
+from compressor.supernet.importance import Importance, rank, sort_neurons
 from compressor.supernet.sampling import sample_text
 
-CALIBRATION_SEQUENCES = 32
+NEURON_SEQUENCES = 32
+LAYER_SEQUENCES = 8
+"""Sequences that neurons and layers are ranked on."""
 BASE_BITS = (4, 8)
 
 
@@ -50,7 +53,7 @@ def prepare(context: Context, plan: Plan) -> tuple[SupernetInfo, SearchSpace]:
         context.request.effort.tuning_steps,
     )
     info = read_info(context.folder.supernet)
-    space = SearchSpace(plan.shape, plan.space.depths, plan.space.widths, info.drop_order, plan.space.bits)
+    space = replace(plan.space, drop_order=info.drop_order)
     _export_stage(context, info, space)
     return info, space
 
@@ -110,17 +113,16 @@ def _tune(context: Context, plan: Plan) -> Result:
     with np.load(_training_text(context)) as data:
         text = torch.from_numpy(data["ids"].astype(np.int64))
     context.say("ranking neurons and layers on text of the unpruned model")
-    calibration = text[:CALIBRATION_SEQUENCES]
-    importance = rank(loaded.model, [calibration[i : i + 8] for i in range(0, len(calibration), 8)])
+    importance = _rank(loaded, text, plan)
     sort_neurons(loaded.model, importance)
-    space = SearchSpace(
-        plan.shape, plan.space.depths, plan.space.widths, importance.drop_order, plan.space.bits
-    )
+    space = replace(plan.space, drop_order=importance.drop_order)
     data_free = not context.request.train_data
     config = FinetuneConfig(
         steps=effort.tuning_steps,
         minutes=effort.tuning_minutes,
         loss="distill" if data_free else "cross-entropy",
+        sampling="budget",
+        budget_parameters=budget_parameters(plan, context.request.profile),
         seed=seed,
     )
     result = finetune(
@@ -140,6 +142,29 @@ def _tune(context: Context, plan: Plan) -> Result:
     replace_folder(context.folder.supernet, save)
     discard_checkpoint(context.folder.checkpoints)
     return {"weights": read_info(context.folder.supernet).weights_hash, **asdict(result)}
+
+
+def _rank(loaded: LoadedModel, text: torch.Tensor, plan: Plan) -> Importance:
+    """Neurons by activation; layers greedily, which takes a pass a layer and so a little less text."""
+    neurons = rank(loaded.model, _batches(text[:NEURON_SEQUENCES]), layers="paper")
+    drops = plan.shape.num_layers - plan.space.depths[0]
+    layers = rank(
+        loaded.model, _batches(text[:LAYER_SEQUENCES]), neurons="paper", layers="greedy", drops=drops
+    )
+    ordering = f"{neurons.ordering.split('+')[0]}+{layers.ordering.split('+')[1]}"
+    return Importance(neurons.neuron_orders, layers.drop_order, ordering)
+
+
+def _batches(text: torch.Tensor) -> list[torch.Tensor]:
+    return [text[i : i + 8] for i in range(0, len(text), 8)]
+
+
+def budget_parameters(plan: Plan, profile: Profile) -> int:
+    """About the parameters of the largest sub-network within the memory budget."""
+    low, high = (parameter_count(plan.shape, s) for s in (plan.space.smallest, plan.space.full))
+    least, most = plan.smallest_memory.total, plan.full_memory.total
+    share = (profile.budgets.memory_bytes - least) / max(1, most - least)
+    return int(low + min(1.0, max(0.0, share)) * (high - low))
 
 
 def _examples(context: Context, loaded: LoadedModel) -> Examples:
