@@ -9,10 +9,11 @@ from typing import Any
 
 from compressor.engines.memory import required_memory_bytes
 from compressor.errors import CompressorError
-from compressor.evaluation.score import Score
+from compressor.evaluation.score import CONFIDENCE_Z, Score, paired_difference
 from compressor.ledger import Key, Ledger, Row
 from compressor.measurement import Measurement
 from compressor.profile import Workload
+from compressor.search.front import Tied
 from compressor.search.problem import Outcome
 from compressor.space import ModelShape, Numerics, SubNetwork, weight_bytes
 
@@ -88,6 +89,23 @@ def known_outcomes(ledger: Ledger, terms: Terms) -> list[Outcome]:
         for row in measured
         if row.key.subnet in scored
     ]
+
+
+def paired_ties(ledger: Ledger, terms: Terms) -> Tied:
+    """Ties by the items both were scored on: the 95% interval of the paired difference reaches 0.
+
+    Sub-networks are scored on the same items, so their difference is known far better than either.
+    """
+
+    def tied(one: Outcome, best: Outcome) -> bool:
+        rows = [ledger.get(terms.accuracy_key(outcome.subnet)) for outcome in (best, one)]
+        items = [row.items for row in rows if row is not None and row.items is not None]
+        if len(items) < 2:
+            return False
+        difference, stderr = paired_difference(items[0], items[1])
+        return difference <= CONFIDENCE_Z * stderr
+
+    return tied
 
 
 @dataclass(frozen=True)

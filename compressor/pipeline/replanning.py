@@ -9,12 +9,11 @@ from rich.console import Console
 from rich.table import Table
 
 from compressor.ledger import open_ledger
-from compressor.pipeline.candidates import Terms, known_outcomes
+from compressor.pipeline.candidates import Terms, known_outcomes, paired_ties
 from compressor.profile import Profile
 from compressor.request import stored_request
 from compressor.runfolder import RunFolder
 from compressor.search.front import Choice, choose_winner
-from compressor.search.problem import Outcome
 
 GIB = 2**30
 
@@ -73,11 +72,7 @@ def replan(
         memory_gib=memory_gib, ttft_ms=ttft_ms, tpot_ms=tpot_ms
     )
     limits = budget_limits(profile)
-    return Replan(run, choose_winner(run_outcomes(folder), limits), limits)
-
-
-def run_outcomes(folder: RunFolder) -> list[Outcome]:
-    """Everything a finished search evaluated."""
     terms = Terms.from_dict(folder.result("search")["terms"])
     with open_ledger(folder.ledger) as ledger:
-        return known_outcomes(ledger, terms)
+        choice = choose_winner(known_outcomes(ledger, terms), limits, paired_ties(ledger, terms))
+    return Replan(run, choice, limits)

@@ -9,7 +9,7 @@ from compressor.engines.onnxruntime import OnnxRuntimeEngine
 from compressor.ledger import Key, Row
 from compressor.measurement import Measurement
 from compressor.pipeline.accuracy import AccuracyTask
-from compressor.pipeline.candidates import Terms
+from compressor.pipeline.candidates import Terms, paired_ties
 from compressor.pipeline.context import Context
 from compressor.pipeline.replanning import budget_limits
 from compressor.search.front import Choice, choose_winner
@@ -49,7 +49,8 @@ def decide(
     """
     current = list(outcomes)
     while True:
-        choice = choose_winner(current, budget_limits(context.request.profile))
+        tied = paired_ties(context.ledger, terms)
+        choice = choose_winner(current, budget_limits(context.request.profile), tied)
         finalist = finish(context, terms, engine, task, choice.nearest)
         if choice.winner is None or finalist.within_budgets:
             return finalist, choice

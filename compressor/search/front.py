@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,12 +57,18 @@ class Choice:
         )
 
 
-def choose_winner(outcomes: Sequence[Outcome], budgets: Mapping[str, float]) -> Choice:
+Tied = Callable[[Outcome, Outcome], bool]
+"""Whether an outcome is as accurate as the best one, as far as the items tell."""
+
+
+def choose_winner(
+    outcomes: Sequence[Outcome], budgets: Mapping[str, float], tied: Tied | None = None
+) -> Choice:
     """The best accuracy within all ``budgets`` (upper limits by the values' names).
 
-    A tie is an accuracy whose interval overlaps the best one's; the smaller wins it, then the faster,
-    then the more accurate. Raises ``InfeasibleError`` if no outcome has an accuracy and every budgeted
-    value.
+    A tie is what ``tied`` calls one: unless given, an accuracy whose interval overlaps the best one's.
+    The smaller wins it, then the faster, then the more accurate. Raises ``InfeasibleError`` if no outcome
+    has an accuracy and every budgeted value.
     """
     known = [o for o in outcomes if o.knows(("accuracy", *budgets))]
     if not known:
@@ -72,7 +78,7 @@ def choose_winner(outcomes: Sequence[Outcome], budgets: Mapping[str, float]) -> 
     within = [o for o in known if not _misses(o, budgets)]
     if within:
         best = max(within, key=lambda o: o.values["accuracy"])
-        winner = min((o for o in within if _ties(o, best)), key=_tie_order)
+        winner = min((o for o in within if o is best or (tied or _ties)(o, best)), key=_tie_order)
         return Choice(winner, winner)
     nearest = min(known, key=lambda o: (max(m.excess for m in _misses(o, budgets)), *_tie_order(o)))
     reachable = {name: min(o.values[name] for o in known) for name in budgets}

@@ -115,3 +115,9 @@ def test_the_front_holds_evaluated_feasible_outcomes_once_the_smallest_first():
     assert sizes == sorted(set(sizes)) and accuracies == sorted(accuracies)
     assert all(problem.allows(o.subnet) and o in outcomes for o in front)
     assert pareto_front(problem, []) == []
+
+
+def test_a_tie_may_be_judged_by_paired_items() -> None:
+    outcomes = [outcome(1, 0.70, size=100), outcome(2, 0.69, size=50)]
+    assert choose_winner(outcomes, {}, lambda one, best: True).required() is outcomes[1]
+    assert choose_winner(outcomes, {}, lambda one, best: False).required() is outcomes[0]
