@@ -93,4 +93,4 @@ def _validation_error(error: RequestValidationError) -> ApiError:
     if first["type"] == "json_invalid":
         return ApiError(400, "the body is not valid JSON")
     message = f"{place}: {first['msg']}" if place else f"the body must be a JSON object: {first['msg']}"
-    return ApiError(400, message.encode("utf-8", "replace").decode(), param=place or None)
+    return ApiError(400, message, param=place or None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
@@ -10,6 +11,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from serve.errors import bad_request
+from serve.grammar import GrammarConstraint
 from serve.prompts import chat_prompt
 from serve.requests import (
     check_choices,
@@ -36,9 +38,9 @@ def chat_routes(service: Service) -> APIRouter:
     async def create_chat_completion(body: ChatBody, request: Request) -> Response:
         """Answer a conversation."""
         _refuse_unsupported(service, body)
-        grammar = _grammar(service, body)
         requests = await _requests(service, body)
-        generation = service.start(requests, grammar)
+        constraints = await asyncio.to_thread(_constraints, service, body)
+        generation = service.start(requests, constraints)
         reply = _Reply(service, body)
         if body.stream:
             return event_stream(reply.chunks(generation))
@@ -136,6 +138,12 @@ def _refuse_unsupported(service: Service, body: ChatBody) -> None:
         raise bad_request("top_logprobs needs logprobs to be true", "top_logprobs")
     if body.tool_choice not in (None, "none", "auto") and not body.tools:
         raise bad_request("tool_choice needs tools", "tool_choice")
+
+
+def _constraints(service: Service, body: ChatBody) -> list[GrammarConstraint]:
+    """One for each choice, or none. Big schemas take a while to compile."""
+    grammar = _grammar(service, body)
+    return [service.grammars.constraint(grammar) for _ in range(body.n or 1)] if grammar else []
 
 
 def _grammar(service: Service, body: ChatBody) -> str | None:

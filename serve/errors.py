@@ -19,9 +19,9 @@ class ApiError(Exception):
     ) -> None:
         super().__init__(message)
         self.status = status
-        self.message = message
+        self.message = _printable(message)
         self.code = code
-        self.param = param
+        self.param = param and _printable(param)
         self.retry_after_seconds = retry_after_seconds
 
     @property
@@ -40,6 +40,11 @@ class ApiError(Exception):
 
 
 _KINDS = {401: "authentication_error", 404: "not_found_error", 408: "timeout_error", 429: "rate_limit_error"}
+
+
+def _printable(text: str) -> str:
+    """Messages quote what clients sent, lone surrogates too; replies are UTF-8."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ class Grammars:
         self._path = tokenizer.path
         self._eos = sorted(eos_tokens)
         self._tokenizer: Any = None
+        self._lock = threading.Lock()
 
     def json_object(self) -> str:
         return self.json_schema({"type": "object"})
@@ -60,9 +62,10 @@ class Grammars:
     def constraint(self, grammar: str) -> GrammarConstraint:
         """A fresh matcher. Raises ``ApiError`` for a grammar that is too big or contradictory."""
         _require_library()
-        if self._tokenizer is None:
-            text = self._path.read_text(encoding="utf-8")
-            self._tokenizer = llguidance.LLTokenizer(text, eos_token=self._eos or None)
+        with self._lock:
+            if self._tokenizer is None:
+                text = self._path.read_text(encoding="utf-8")
+                self._tokenizer = llguidance.LLTokenizer(text, eos_token=self._eos or None)
         matcher = llguidance.LLMatcher(self._tokenizer, grammar)
         if matcher.is_error():
             raise bad_request(f"the JSON schema can't be obeyed: {matcher.get_error()}", "response_format")

@@ -137,7 +137,7 @@ class Scheduler:
     def _ended(self, sequence: SequenceState, now: float) -> bool:
         if sequence.cancelled:
             self.counters.cancelled += 1
-            sequence.finish("cancelled")
+            sequence.fail(ApiError(503, "the server is shutting down: ask another one"))
         elif now > sequence.request.deadline:
             self.counters.timed_out += 1
             sequence.fail(ApiError(408, "the request took longer than the server allows: ask for less"))

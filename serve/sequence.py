@@ -15,7 +15,7 @@ from serve.sampling import Logits, Sampler, SamplingParams, TokenLogprob, logpro
 from serve.stops import StopMatcher
 from serve.tokenizer import Tokenizer
 
-FinishReason = Literal["stop", "length", "cancelled"]
+FinishReason = Literal["stop", "length"]
 
 
 class Constraint(Protocol):

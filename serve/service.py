@@ -16,7 +16,15 @@ from serve.model import Model, cache_shape, open_session
 from serve.package import ServedPackage, open_package
 from serve.sampling import TokenLogprob
 from serve.scheduler import Scheduler
-from serve.sequence import Event, Finished, GenerationRequest, Piece, SequenceState
+from serve.sequence import (
+    Constraint,
+    Event,
+    Finished,
+    GenerationRequest,
+    Piece,
+    SequenceState,
+    Sink,
+)
 from serve.settings import Settings
 
 LONG_TEXT = 8192  # characters from which on tokenizing leaves the event loop
@@ -84,20 +92,19 @@ class Service:
     def deadline(self) -> float:
         return time.monotonic() + self.settings.request_timeout_seconds
 
-    def start(self, requests: Sequence[GenerationRequest], grammar: str | None = None) -> Generation:
-        """Queue sequences. Raises ``ApiError`` when the queue is full or the grammar can't be."""
+    def start(
+        self, requests: Sequence[GenerationRequest], constraints: Sequence[Constraint] = ()
+    ) -> Generation:
+        """Queue sequences, with a constraint for each or none. Raises ``ApiError`` if the queue is full."""
         events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
-        def sink_of(index: int):  # type: ignore[no-untyped-def]
+        def sink_of(index: int) -> Sink:
             return lambda event: loop.call_soon_threadsafe(events.put_nowait, (index, event))
 
         states = [
             SequenceState(
-                request,
-                self.tokenizer,
-                sink_of(index),
-                self.grammars.constraint(grammar) if grammar else None,
+                request, self.tokenizer, sink_of(index), constraints[index] if constraints else None
             )
             for index, request in enumerate(requests)
         ]

@@ -32,7 +32,6 @@ class Settings:
     drain_seconds: float = 30.0
     max_body_bytes: int = 4 << 20
     cors_origins: tuple[str, ...] = ()
-    log_prompts: bool = False
     model_name: str | None = None
 
     def __post_init__(self) -> None:

@@ -90,7 +90,7 @@ def test_too_slow_a_request_is_408(tiny_package, start_server):
     with pytest.raises(openai.APIStatusError) as caught:
         server.client().completions.create(**LONG)
     assert caught.value.status_code == 408
-    assert metric(server, "requests_running") == 0
+    wait_for(lambda: metric(server, "requests_running") == 0)
 
 
 def test_clients_that_leave_free_their_rows(server):
@@ -145,6 +145,9 @@ def test_metrics_count_what_happened(server):
         b'{"prompt": "\xff\xfe"}',
         b'{"prompt": "\\ud800"}',
         b'{"prompt": ""}',
+        b'{"prompt": "a", "model": "\\ud800"}',
+        b'{"prompt": "a", "logit_bias": {"\\ud800": 1}}',
+        b'{"prompt": "a", "logit_bias": {"\\ud800": "x"}}',
         b'{"prompt": []}',
         b'{"prompt": [[]]}',
         b'{"prompt": [-1]}',
