@@ -154,6 +154,19 @@ def test_a_run_folder_in_use_holds_one_back(wizard: Build) -> None:
         holder.kill()
 
 
+def test_a_folder_with_a_run_of_another_model_holds_one_back(wizard: Build) -> None:
+    folder = write_run(Path("runs/starter-starter-cpu"), 5)
+    text = folder.run_file.read_text()
+    folder.run_file.write_text(text.replace('"model": "starter"', '"model": "owner/other"'))
+
+    async def steps(pilot: Pilot[None], app: Wizard) -> None:
+        await press(pilot, "ctrl+n", "ctrl+n", "ctrl+n")
+        assert "is a run of model 'owner/other'" in message(app)
+        assert step(app) == "plan"
+
+    drive(wizard(), steps)
+
+
 def test_leaving_while_a_run_works_asks_and_can_let_it_run(wizard: Build) -> None:
     folder = write_run(Path("runs/sample"), 5)
     command = [sys.executable, "-c", HOLDER, str(folder.path)]

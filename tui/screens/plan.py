@@ -13,6 +13,7 @@ from textual.containers import Vertical, VerticalScroll
 from textual.widgets import RadioSet, Static
 
 from compressor.errors import CompressorError
+from compressor.request import understand
 from compressor.runfolder import RunFolder
 from tui import words
 from tui.background import refuse_unusable
@@ -154,9 +155,11 @@ class PlanStep(Step):
             return str(error)
 
     def _folder_fault(self) -> str:
-        folder = RunFolder(self.wizard.choices.run_folder)
+        """What the run folder has against this run: another run, another model, another process."""
+        choices = self.wizard.choices
         try:
-            refuse_unusable(folder)
+            refuse_unusable(RunFolder(choices.run_folder))
+            understand(choices.flags, choices.run_folder, resume=True)
         except CompressorError as error:
             return str(error)
         return ""
