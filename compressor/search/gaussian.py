@@ -18,7 +18,10 @@ _NOISES = np.logspace(-4, 0, 9)
 
 
 class GaussianProcess:
-    """Regression on standardised targets; predicts means and standard deviations (noise left out)."""
+    """Regression on standardised targets; predicts means and standard deviations (noise left out).
+
+    ``typical_deviation`` is what it expects to be off by at a sample left out (eq. 5.12).
+    """
 
     def fit(self, features: Array, targets: Array) -> GaussianProcess:
         """``features`` (n, columns), ``targets`` (n,) of mean about 0 and deviation about 1."""
@@ -43,7 +46,8 @@ class GaussianProcess:
                         spectrum = np.maximum(values, 0) + noise
                         self._weights = vectors @ (projected / spectrum)
                         self._root = vectors / np.sqrt(spectrum)
-        self.typical_deviation = float(np.sqrt(np.mean(self.deviation(features) ** 2))) or 1.0
+        left_out = 1 / (self._root**2).sum(axis=1)
+        self.typical_deviation = float(np.sqrt(left_out.mean()))
         return self
 
     def predict(self, features: Array) -> Array:

@@ -90,7 +90,7 @@ class Predictor:
         return self._model.predict(features) * self._scale + self._mean
 
     def deviation(self, features: Array) -> Array:
-        """(n,) standard deviations: the process's own, but on average not below the model's error."""
+        """(n,) standard deviations: the process's, scaled to the errors made in cross-validation."""
         relative = self._spread.deviation(features)
         return np.asarray(relative / self._spread.typical_deviation * max(self.quality.rmse, 1e-12))
 

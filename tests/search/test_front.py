@@ -119,5 +119,5 @@ def test_the_front_holds_evaluated_feasible_outcomes_once_the_smallest_first():
 
 def test_a_tie_may_be_judged_by_paired_items() -> None:
     outcomes = [outcome(1, 0.70, size=100), outcome(2, 0.69, size=50)]
-    assert choose_winner(outcomes, {}, lambda one, best: True).required() is outcomes[1]
-    assert choose_winner(outcomes, {}, lambda one, best: False).required() is outcomes[0]
+    assert choose_winner(outcomes, {}, lambda _one, _best: True).required() is outcomes[1]
+    assert choose_winner(outcomes, {}, lambda _one, _best: False).required() is outcomes[0]

@@ -80,3 +80,12 @@ def test_thousands_are_predicted_in_a_moment():
     began = time.perf_counter()
     predictor.predict(new)
     assert time.perf_counter() - began < 2.0
+
+
+def test_what_the_process_expects_at_left_out_samples_is_what_it_would_expect_at_new_ones():
+    """Measured where it was fitted, it would be far too sure, and every new candidate seem a wonder."""
+    features, values = samples(60, 0)
+    scaled = (values - values.mean()) / values.std()
+    process = GaussianProcess().fit(features, scaled)
+    new, _ = samples(100, 1)
+    assert 0.5 < np.sqrt((process.deviation(new) ** 2).mean()) / process.typical_deviation < 2
