@@ -10,7 +10,7 @@ PIP_ARGS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 test test-slow test-vllm demo bench%: export HF_HUB_OFFLINE = 1
 
-.PHONY: help setup setup-vllm demo test test-slow test-vllm check format bench bench-evaluation clean
+.PHONY: help setup setup-vllm demo test test-slow test-vllm check format bench bench-evaluation bench-supernet bench-measure bench-search bench-serve clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 20
@@ -59,10 +59,22 @@ format: setup  ## let ruff format and fix
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: bench-evaluation  ## all benchmarks
+bench: bench-evaluation bench-supernet bench-measure bench-search bench-serve  ## all benchmarks
 
 bench-evaluation: setup  ## our scorer beside lm-eval's own model
 	$(BIN)/python benchmarks/evaluation.py
+
+bench-supernet: setup  ## ranking and tuning, beside transformers' Trainer
+	$(BIN)/python benchmarks/supernet.py
+
+bench-measure: setup  ## building and measuring candidates
+	$(BIN)/python benchmarks/measure.py
+
+bench-search: setup  ## LINAS beside random search, NSGA-II and LINAS as published
+	$(BIN)/python benchmarks/search.py
+
+bench-serve: setup  ## the endpoint beside llama.cpp's server and the bare engine
+	$(BIN)/python benchmarks/serve.py
 
 clean:  ## remove caches and built files; keeps environments and runs
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -6,6 +6,7 @@ Exit codes: 0 done; 1 the program is at fault; 2 something the user can correct;
 from __future__ import annotations
 
 import errno
+import json
 import os
 import sys
 from pathlib import Path
@@ -34,8 +35,8 @@ PackageArgument = Annotated[Path, typer.Argument(metavar="PACKAGE", help="Packag
 
 def main() -> None:
     """Entry point: run a verb; turn errors into one line and an exit code."""
-    # Threads that spin while they wait starve each other on a machine that has anything else to do.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Threads that spin long while they wait starve each other on a machine that has anything else to do.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     debug = "--debug" in sys.argv
     try:
         code = app(standalone_mode=False, args=[a for a in sys.argv[1:] if a != "--debug"])
@@ -96,6 +97,7 @@ def compress(
     evaluations: Annotated[int | None, typer.Option(help="Sub-networks to evaluate and measure.")] = None,
     tuning_minutes: Annotated[float | None, typer.Option(help="Longest fine-tuning, minutes.")] = None,
     tuning_steps: Annotated[int | None, typer.Option(help="Fine-tuning steps, at most.")] = None,
+    tuning_batch: Annotated[int | None, typer.Option(help="Sequences of a fine-tuning step.")] = None,
     text_sequences: Annotated[
         int | None, typer.Option(help="Texts the unpruned model writes to tune on.")
     ] = None,
@@ -287,6 +289,48 @@ def package(
     with terminal_listener(console) as listener:
         folder = package_pick(run, pick, out, listener)
     console.print(f"serve it:  compress serve {folder}", highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
+def measure(
+    target: Annotated[
+        str, typer.Argument(help="Package, model (folder, GGUF, hub id, `starter`) or endpoint URL.")
+    ],
+    profile: Annotated[str, typer.Option(help="Profile whose workload is run.")] = "auto",
+    seconds: Annotated[float, typer.Option(help="Longest measurement, seconds.")] = 10.0,
+    threads: Annotated[int | None, typer.Option(help="CPU threads [default: all cores].")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Measure TTFT, TPOT, throughput and peak memory of a package, a model or a running endpoint.
+
+    Examples:
+
+      compress measure runs/demo/package --profile starter-cpu
+
+      compress measure http://127.0.0.1:8000/v1 --profile starter-cpu --json
+    """
+    from compressor.engines.measure import measure as run_measure
+    from compressor.request import named_profile
+
+    workload = named_profile(profile).workload
+    measured = run_measure(target, workload, threads=threads, max_seconds=seconds)
+    if as_json:
+        print(
+            json.dumps(
+                {**measured.metrics(), "workload": workload.label, "conditions": dict(measured.conditions)}
+            )
+        )
+        return
+    table = Table("figure", "median", "p90", title=f"{target}, {workload.label}", title_justify="left")
+    table.add_row("TTFT", f"{measured.ttft_ms:.1f} ms", f"{measured.ttft_p90_ms:.1f} ms")
+    table.add_row("TPOT", f"{measured.tpot_ms:.2f} ms", f"{measured.tpot_p90_ms:.2f} ms")
+    table.add_row("throughput", f"{measured.throughput_tok_s:.1f} tok/s", "")
+    if measured.peak_memory_bytes:
+        table.add_row("peak memory", f"{measured.peak_memory_bytes / 2**20:.0f} MiB", "")
+    console = Console()
+    console.print(table)
+    for name, value in measured.conditions.items():
+        console.print(f"{name}: {value}", highlight=False, markup=False)
 
 
 @app.command()

@@ -17,6 +17,8 @@ class Effort:
     """Longest time of the super-network's fine-tuning, minutes."""
     tuning_steps: int
     """Steps of the fine-tuning, fewer if its minutes are over first."""
+    tuning_batch: int
+    """Sequences of each of those steps."""
     text_sequences: int
     """Sequences that the unpruned model writes for calibration and data-free tuning."""
     score_sequences: int
@@ -29,11 +31,12 @@ class Effort:
 
 PRESETS = {
     "quick": Effort(
-        evaluations=40,
+        evaluations=36,
         tuning_minutes=4.5,
-        tuning_steps=400,
+        tuning_steps=240,
+        tuning_batch=4,
         text_sequences=192,
-        score_sequences=24,
+        score_sequences=32,
         sequence_length=160,
         bench_seconds=2.0,
     ),
@@ -41,6 +44,7 @@ PRESETS = {
         evaluations=120,
         tuning_minutes=60,
         tuning_steps=4000,
+        tuning_batch=8,
         text_sequences=2048,
         score_sequences=64,
         sequence_length=256,
@@ -50,6 +54,7 @@ PRESETS = {
         evaluations=250,
         tuning_minutes=60 * 24 * 7,
         tuning_steps=20000,
+        tuning_batch=16,
         text_sequences=4096,
         score_sequences=128,
         sequence_length=512,

@@ -37,10 +37,11 @@ def prepare(context: Context, plan: Plan) -> tuple[SupernetInfo, SearchSpace]:
     """Do, or find done, everything before the search; the super-network and its search space."""
     base = _base_stage(context, plan)
     text = _text_stage(context, base)
+    effort = context.request.effort
     inputs = {
         "text": text,
         "space": context.request.profile.space.model_dump(),
-        "effort": [context.request.effort.tuning_steps, context.request.effort.tuning_minutes],
+        "effort": [effort.tuning_steps, effort.tuning_minutes, effort.tuning_batch],
         "train_data": context.request.train_data,
         "seed": context.request.seed,
     }
@@ -120,6 +121,7 @@ def _tune(context: Context, plan: Plan) -> Result:
     config = FinetuneConfig(
         steps=effort.tuning_steps,
         minutes=effort.tuning_minutes,
+        batch=effort.tuning_batch,
         loss="distill" if data_free else "cross-entropy",
         sampling="budget",
         budget_parameters=budget_parameters(plan, context.request.profile),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from compressor.engines.apart import bench_apart
 from compressor.engines.onnxruntime import OnnxRuntimeEngine
 from compressor.ledger import Key, Row
 from compressor.measurement import Measurement
@@ -62,10 +63,11 @@ def decide(
 def finish(
     context: Context, terms: Terms, engine: OnnxRuntimeEngine, task: AccuracyTask, outcome: Outcome
 ) -> Finalist:
-    """The sub-network measured again, longer, and scored as it ships."""
+    """The sub-network measured again, longer and in a process of its own, and scored as it ships."""
     limits = budget_limits(context.request.profile)
     speed = _measured_again(context, terms, engine, outcome.subnet)
-    again = replace(outcome, values={**outcome.values, **speed.metrics()})
+    memory = {"memory_bytes": float(speed.peak_memory_bytes or outcome.values["memory_bytes"])}
+    again = replace(outcome, values={**outcome.values, **speed.metrics(), **memory})
     within = all(again.values[name] <= limit for name, limit in limits.items())
     return _finalist(context, terms, engine, task, again, speed, within)
 
@@ -76,9 +78,14 @@ def _measured_again(
     key = replace(terms.speed_key(subnet), task=FINAL_MEASURE)
     row = context.ledger.get(key)
     if row is None:
-        candidate = engine.build(subnet, terms.numerics)
-        seconds = FINAL_SECONDS_FACTOR * context.request.effort.bench_seconds
-        speed = engine.bench(candidate, context.request.profile.workload, max_seconds=seconds)
+        speed = bench_apart(
+            engine.export.folder,
+            subnet,
+            context.request.profile.workload,
+            numerics=terms.numerics,
+            threads=context.request.threads,
+            max_seconds=FINAL_SECONDS_FACTOR * context.request.effort.bench_seconds,
+        )
         row = context.ledger.put(Row(key, subnet, speed.metrics(), details=dict(speed.conditions)))
     return Measurement.from_metrics(row.metrics, row.details)
 
