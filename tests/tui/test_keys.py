@@ -35,8 +35,10 @@ def drive(app: Wizard, steps: Drive, size: tuple[int, int] = (80, 24)) -> None:
 
 
 async def press(pilot: Pilot[None], *keys: str) -> None:
-    await pilot.press(*keys)
-    await settle(pilot)
+    """Press one key after the other, each once the one before has done its work."""
+    for key in keys:
+        await pilot.press(key)
+        await settle(pilot)
 
 
 async def fill(pilot: Pilot[None], field: str, text: str) -> None:
@@ -247,6 +249,17 @@ def test_the_table_is_sorted_by_the_next_column(wizard: Build) -> None:
         assert app.screen.selected.digest == chosen.digest
 
     drive(wizard(Path("runs/sample")), steps)
+
+
+def test_the_last_step_has_none_after_it_and_says_what_is_missing(wizard: Build) -> None:
+    async def steps(pilot: Pilot[None], app: Wizard) -> None:
+        app.go("serve")
+        await settle(pilot)
+        await press(pilot, "ctrl+n", "ctrl+s")
+        assert step(app) == "serve"
+        assert "there is no package yet" in message(app)
+
+    drive(wizard(), steps)
 
 
 def test_help_themes_and_the_folder_picker_open_and_close(wizard: Build) -> None:

@@ -82,6 +82,11 @@ class Step(Screen[None]):
         elif event.button.id == "next":
             self.action_next()
 
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        """The first step has nothing before it, the last nothing after it."""
+        ends = {"back": NAMES[0], "next": NAMES[-1]}
+        return ends.get(action) != self.step and super().check_action(action, parameters)
+
     def action_back(self) -> None:
         here = NAMES.index(self.step)
         if here:

@@ -11,6 +11,7 @@ from tui import words
 from tui.progress import RunProgress, Stage
 
 BAR_CELLS = 24
+NO_BREAK = "\u00a0"
 SHORT = {
     "base": "load",
     "text": "text",
@@ -41,9 +42,9 @@ def done_line(stages: Iterable[tuple[str, Stage]]) -> Content:
     """``✓ load 3 s  ✓ text 40 s``."""
     parts = [
         Content.assemble(
-            ("✓ ", "green"),
+            (f"✓{NO_BREAK}", "green"),
             SHORT.get(name, stage.title),
-            ("" if stage.skipped else f" {words.duration(stage.seconds)}", "dim"),
+            ("" if stage.skipped else f" {words.duration(stage.seconds)}".replace(" ", NO_BREAK), "dim"),
         )
         for name, stage in stages
     ]
