@@ -84,7 +84,9 @@ def wizard(folder: Path) -> Callable[..., Wizard]:  # noqa: ARG001
     """Builds a wizard over recorded facts."""
 
     def build(run: Path | None = None, probe: Probe | None = None) -> Wizard:
-        return make_app(run, probe or RecordedProbe())
+        app = make_app(run, probe or RecordedProbe())
+        app.choices = app.choices.but(evaluations=40, tuning_minutes=4.5)
+        return app
 
     return build
 
