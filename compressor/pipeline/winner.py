@@ -66,8 +66,7 @@ def finish(
     """The sub-network measured again, longer and in a process of its own, and scored as it ships."""
     limits = budget_limits(context.request.profile)
     speed = _measured_again(context, terms, engine, outcome.subnet)
-    memory = {"memory_bytes": float(speed.peak_memory_bytes or outcome.values["memory_bytes"])}
-    again = replace(outcome, values={**outcome.values, **speed.metrics(), **memory})
+    again = replace(outcome, values={**outcome.values, **speed.metrics()})
     within = all(again.values[name] <= limit for name, limit in limits.items())
     return _finalist(context, terms, engine, task, again, speed, within)
 
