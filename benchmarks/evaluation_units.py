@@ -55,7 +55,8 @@ class Bench:
     def folder(self) -> Path:
         from compressor import models
 
-        folder = Path(tempfile.mkdtemp(prefix="bench-evaluation-")) / "model"
+        self._scratch = tempfile.TemporaryDirectory(prefix="bench-evaluation-")
+        folder = Path(self._scratch.name) / "model"
         models.to_folder(models.resolve("starter"), folder)
         return folder
 
