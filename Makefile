@@ -10,7 +10,7 @@ PIP_ARGS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 test test-slow test-vllm demo bench%: export HF_HUB_OFFLINE = 1
 
-.PHONY: help setup setup-vllm demo test test-slow test-vllm check format bench bench-evaluation bench-supernet bench-measure bench-search bench-serve clean
+.PHONY: help setup setup-vllm demo test test-slow test-vllm check format bench bench-evaluation bench-supernet bench-measure bench-search bench-serve soak-serve clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 20
@@ -73,8 +73,11 @@ bench-measure: setup  ## building and measuring candidates
 bench-search: setup  ## LINAS beside random search, NSGA-II and LINAS as published
 	$(BIN)/python benchmarks/search.py
 
-bench-serve: setup  ## the endpoint beside llama.cpp's server and the bare engine
-	$(BIN)/python benchmarks/serve.py
+bench-serve: setup  ## the endpoint on the demo's package, beside the bare engine
+	$(BIN)/python benchmarks/serve.py $(DEMO)/package
+
+soak-serve: setup  ## an hour of mixed load on the demo's package
+	$(BIN)/python benchmarks/soak_serve.py $(DEMO)/package
 
 clean:  ## remove caches and built files; keeps environments and runs
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
