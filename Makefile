@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 VLLM   := .venv-vllm
+LLAMA  := .venv-llama
 DEMO   ?= runs/demo
 # Extra pip options, e.g. PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu" on a CPU box.
 PIP_ARGS ?=
@@ -10,7 +11,7 @@ PIP_ARGS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 test test-slow test-vllm demo bench%: export HF_HUB_OFFLINE = 1
 
-.PHONY: help setup setup-vllm demo test test-slow test-vllm check format bench bench-evaluation bench-supernet bench-measure bench-search bench-serve soak-serve clean
+.PHONY: help setup setup-vllm setup-llama demo test test-slow test-vllm check format bench bench-evaluation bench-supernet bench-measure bench-search bench-serve soak-serve clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 20
@@ -44,6 +45,18 @@ $(VLLM)/.installed: pyproject.toml constraints-vllm.txt
 
 test-vllm: setup-vllm  ## the vLLM tests, in their own environment
 	$(VLLM)/bin/python -m pytest -m vllm tests/vllm
+
+# llama.cpp as its users have it: built for this CPU, but for its AMX path, which crashed where it was tried.
+LLAMA_CPU := $(if $(shell grep -m1 avx512_vnni /proc/cpuinfo),$\
+  -DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_AVX512=ON -DGGML_AVX512_VNNI=ON \
+  $(if $(shell grep -m1 avx512_bf16 /proc/cpuinfo),-DGGML_AVX512_BF16=ON),-DGGML_NATIVE=ON)
+
+setup-llama: $(LLAMA)/.installed  ## build llama.cpp into .venv-llama, for the benchmarks beside it
+
+$(LLAMA)/.installed:
+	test -x $(LLAMA)/bin/python || $(PYTHON) -m venv $(LLAMA)
+	CMAKE_ARGS="$(LLAMA_CPU)" $(LLAMA)/bin/pip install -q 'llama-cpp-python[server]==0.3.36'
+	touch $@
 
 test-slow: setup  ## the long proofs
 	$(BIN)/python -m pytest -m slow --timeout=3600
