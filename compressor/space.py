@@ -22,8 +22,11 @@ from compressor.errors import InputError
 Numerics = Literal["fp32", "bf16", "fp16", "int8", "int4"]
 Genotype = tuple[int, ...]
 
-QUANT_BLOCK = 32
-"""Weights that share one scale along the input dimension, in every block-quantized format."""
+QUANT_BLOCK: Mapping[int, int] = {8: 64, 4: 32}
+"""Weights that share one scale along the input dimension, by their bits, in block-quantized formats."""
+SCALE_BYTES = 2
+"""A block's scale is stored in fp16."""
+WIDTH_MULTIPLE = max(QUANT_BLOCK.values())
 
 BYTES_PER_ELEMENT: Mapping[str, float] = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1, "int4": 0.5}
 BITS_NUMERICS: Mapping[int, Numerics] = {8: "int8", 4: "int4"}
@@ -161,7 +164,7 @@ class SearchSpace:
         width_fractions: Sequence[float],
         drop_order: tuple[int, ...] = (),
         bits: tuple[int, ...] = (8,),
-        width_multiple: int = QUANT_BLOCK,
+        width_multiple: int = WIDTH_MULTIPLE,
     ) -> SearchSpace:
         """The space of a profile's fractions for this model; widths round to ``width_multiple``."""
         multiple = math.gcd(width_multiple, shape.intermediate_size)
@@ -294,7 +297,7 @@ def parameter_count(shape: ModelShape, subnet: SubNetwork) -> int:
 def weight_bytes(shape: ModelShape, subnet: SubNetwork, numerics: Numerics) -> int:
     """Exact bytes of the weights in the given numerics.
 
-    ``int8`` and ``int4`` are block-quantized: symmetric blocks of ``QUANT_BLOCK`` inputs, one fp32
+    ``int8`` and ``int4`` are block-quantized: symmetric blocks of ``QUANT_BLOCK`` inputs, one fp16
     scale a block, norms and biases in fp32. Under ``int8`` each layer has its own ``subnet.bits``;
     under ``int4`` every layer has 4. Embedding and head have 8 bits (``int4``: 4) and, if tied,
     are stored once.
@@ -333,5 +336,5 @@ def flops_per_token(shape: ModelShape, subnet: SubNetwork, context: int = 0) -> 
 
 
 def _quantized_bytes(n: int, k: int, bits: int) -> int:
-    blocks = -(-k // QUANT_BLOCK)
-    return n * blocks * (QUANT_BLOCK * bits // 8 + 4)
+    block = QUANT_BLOCK[bits]
+    return n * -(-k // block) * (block * bits // 8 + SCALE_BYTES)

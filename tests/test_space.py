@@ -180,22 +180,23 @@ def test_parameter_count_is_that_of_an_extracted_subnetwork(tiny_model_folder):
 
 
 def test_quantized_bytes_count_blocks_scales_and_what_stays_in_floating_point():
-    """One layer by hand: blocks of 32 weights with an fp32 scale, norms in fp32, tied embedding once."""
-    shape = ModelShape(64, 32, 1, 2, 1, 32, 10, tie_word_embeddings=True)
-    subnet = SubNetwork((0,), (32,))
-    blocks = (64 + 32 + 32 + 64) * 2 + (32 + 32) * 2 + 64 * 1  # q, k, v, o; gate, up; down
-    floats = 4 * (2 * 64 + 64)
-    assert weight_bytes(shape, subnet, "int8") == blocks * 36 + 10 * 2 * 36 + floats
-    four = SubNetwork((0,), (32,), (4,))
-    assert weight_bytes(shape, four, "int8") == blocks * 20 + 10 * 2 * 36 + floats
-    assert weight_bytes(shape, subnet, "int4") == (blocks + 10 * 2) * 20 + floats
+    """One layer by hand: blocks of 64 weights in 8 bits, of 32 in 4, each with an fp16 scale; norms in
+    fp32, tied embedding once."""
+    shape = ModelShape(128, 64, 1, 4, 2, 32, 10, tie_word_embeddings=True)
+    subnet = SubNetwork((0,), (64,))
+    blocks = (128 + 64 + 64 + 128) * 2 + (64 + 64) * 2 + 128 * 1  # q, k, v, o; gate, up; down
+    floats = 4 * (2 * 128 + 128)
+    assert weight_bytes(shape, subnet, "int8") == blocks * 66 + 10 * 2 * 66 + floats
+    four = SubNetwork((0,), (64,), (4,))
+    assert weight_bytes(shape, four, "int8") == 2 * blocks * 18 + 10 * 2 * 66 + floats
+    assert weight_bytes(shape, subnet, "int4") == 2 * (blocks + 10 * 2) * 18 + floats
 
 
 def test_quantized_bytes_round_an_incomplete_block_up():
-    shape = ModelShape(64, 40, 1, 2, 1, 32, 10)
-    whole = weight_bytes(shape, SubNetwork((0,), (40,)), "int8")
-    less = weight_bytes(shape, SubNetwork((0,), (33,)), "int8")
-    assert whole - less == 7 * 2 * 2 * 36  # seven rows of gate and up; down has two blocks a row in both
+    shape = ModelShape(128, 80, 1, 4, 2, 32, 10)
+    whole = weight_bytes(shape, SubNetwork((0,), (80,)), "int8")
+    less = weight_bytes(shape, SubNetwork((0,), (73,)), "int8")
+    assert whole - less == 7 * 2 * 2 * 66  # seven rows of gate and up; down has two blocks a row in both
 
 
 def test_kv_cache_counts_keys_and_values_of_kept_layers():

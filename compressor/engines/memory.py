@@ -1,9 +1,9 @@
 """How much memory serving takes, computed from shapes alone before anything is built.
 
 What ONNX Runtime 1.32 holds, read from a process's memory map and checked in tests: every matrix
-packed anew, with one fp32 sum a block; the embedding a second time, in place in the mapped file; the
-rotary tables; and for its arena about ``_ARENA_SLACK`` times the widest moment of a layer, over all
-prompt tokens at once. What Python and ONNX Runtime's own code take is not counted.
+packed anew, with one fp32 sum a block and its scale in fp32; the embedding a second time, in place in
+the mapped file; the rotary tables; and for its arena about ``_ARENA_SLACK`` times the widest moment of
+a layer, over all prompt tokens at once. What Python and ONNX Runtime's own code take is not counted.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from compressor.profile import Workload
 from compressor.space import (
     BYTES_PER_ELEMENT,
     QUANT_BLOCK,
+    SCALE_BYTES,
     ModelShape,
     Numerics,
     SubNetwork,
@@ -23,7 +24,8 @@ from compressor.space import (
     weight_bytes,
 )
 
-_PACKING_BYTES = 4
+_PACKING_BYTES = 4 + (4 - SCALE_BYTES)
+"""Of a block: its sum, and what its scale grows by."""
 _ARENA_SLACK = 1.2
 _SESSION_BYTES = 20 * 2**20
 """The graph, kernels and threads of a session, and the least that its arena takes."""
@@ -37,19 +39,21 @@ def required_memory_bytes(
     element = 4 if quantized else int(BYTES_PER_ELEMENT[numerics])
     weights = weight_bytes(shape, subnet, numerics)
     if quantized:
-        weights += rope_bytes(shape) + _packing_bytes(shape, subnet) + _embedding_bytes(shape, numerics)
+        weights += (
+            rope_bytes(shape) + _packing_bytes(shape, subnet, numerics) + _embedding_bytes(shape, numerics)
+        )
     tokens = workload.prompt_tokens + workload.output_tokens
     cache = kv_cache_bytes(shape, subnet, tokens, workload.concurrency, element)
     return MemoryEstimate(weights, cache, _activation_bytes(shape, subnet, workload, element))
 
 
 def package_bytes(shape: ModelShape, subnet: SubNetwork, numerics: Numerics = "int8") -> int:
-    """Bytes of a package's ``model.onnx.data``: the weights and the rotary embedding's tables."""
-    return weight_bytes(shape, subnet, numerics) + rope_bytes(shape)
+    """Bytes of a package's ``model.onnx.data``: the weights and the rotary embedding's frequencies."""
+    return weight_bytes(shape, subnet, numerics) + 4 * (shape.head_dim // 2)
 
 
 def rope_bytes(shape: ModelShape) -> int:
-    """Cosines and sines, fp32 [context length, head_dim / 2] each."""
+    """Cosines and sines, fp32 [context length, head_dim / 2] each, computed as the graph loads."""
     return 2 * 4 * shape.max_position_embeddings * (shape.head_dim // 2)
 
 
@@ -72,11 +76,13 @@ def reset_peak() -> None:
         return
 
 
-def _packing_bytes(shape: ModelShape, subnet: SubNetwork) -> int:
-    matrices = [(shape.vocab_size, shape.hidden_size)]
-    for width in subnet.widths:
-        matrices += [*shape.attention_matrices(), *shape.mlp_matrices(width)]
-    return sum(n * -(-k // QUANT_BLOCK) for n, k in matrices) * _PACKING_BYTES
+def _packing_bytes(shape: ModelShape, subnet: SubNetwork, numerics: Numerics) -> int:
+    few = numerics == "int4"
+    matrices = [(shape.vocab_size, shape.hidden_size, 4 if few else 8)]
+    for width, bits in zip(subnet.widths, subnet.bits, strict=True):
+        of_layer = (*shape.attention_matrices(), *shape.mlp_matrices(width))
+        matrices += [(n, k, 4 if few else bits) for n, k in of_layer]
+    return sum(n * -(-k // QUANT_BLOCK[bits]) for n, k, bits in matrices) * _PACKING_BYTES
 
 
 def _embedding_bytes(shape: ModelShape, numerics: Numerics) -> int:
@@ -84,7 +90,8 @@ def _embedding_bytes(shape: ModelShape, numerics: Numerics) -> int:
     if not shape.tie_word_embeddings:
         return 0
     bits = 4 if numerics == "int4" else 8
-    return shape.vocab_size * shape.hidden_size // QUANT_BLOCK * (QUANT_BLOCK * bits // 8 + 4)
+    block = QUANT_BLOCK[bits]
+    return shape.vocab_size * shape.hidden_size // block * (block * bits // 8 + 4)
 
 
 def _activation_bytes(shape: ModelShape, subnet: SubNetwork, workload: Workload, element: int) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from compressor.engines.onnx_store import (
 from compressor.engines.quantize import quantize
 from compressor.errors import InputError
 from compressor.events import Listener, StageProgress, ignore
-from compressor.space import QUANT_BLOCK, ModelShape
+from compressor.space import WIDTH_MULTIPLE, ModelShape
 
 STAGE = "export"
 SOURCE_SUFFIXES = (".json", ".jinja", ".txt", ".model")
@@ -69,13 +69,13 @@ def export(
 
 def _write(source: Path, out: Path, bits: tuple[int, ...], weights_hash: str, listener: Listener) -> None:
     shape = models.read_shape(models.resolve(str(source)))
-    if shape.hidden_size % QUANT_BLOCK:
-        raise InputError(f"{source}: hidden size {shape.hidden_size} is no multiple of {QUANT_BLOCK}")
+    if shape.hidden_size % WIDTH_MULTIPLE:
+        raise InputError(f"{source}: hidden size {shape.hidden_size} is no multiple of {WIDTH_MULTIPLE}")
     config = AutoConfig.from_pretrained(source)
     weights = Checkpoint(source)
     with TensorFile(out / WEIGHTS_FILE) as file:
-        for name, cache in zip(("cos", "sin"), _rope_caches(config), strict=True):
-            file.add(name, cache)
+        inverse_frequencies, rope_scale = _rope(config)
+        file.add("inverse_frequencies", inverse_frequencies)
         file.add("norm", _float(weights["model.norm.weight"]))
         for layer in range(shape.num_layers):
             _add_layer(file, weights, layer, shape, bits)
@@ -86,7 +86,7 @@ def _write(source: Path, out: Path, bits: tuple[int, ...], weights_hash: str, li
             _add_matrix(file, "embed", weights["model.embed_tokens.weight"], bits)
         listener(StageProgress(STAGE, shape.num_layers + 1, shape.num_layers + 1))
     _copy_source(source, out / SOURCE_FOLDER)
-    Export(out, shape, _constants(config), file.table, bits, weights_hash).save()
+    Export(out, shape, _constants(config, rope_scale), file.table, bits, weights_hash).save()
 
 
 class Checkpoint:
@@ -147,24 +147,22 @@ def _add_matrix(file: TensorFile, name: str, weight: torch.Tensor, bits: tuple[i
         file.add(f"{name}.{width}.scales", scales.numpy())
 
 
-def _rope_caches(config: PretrainedConfig) -> Iterator[npt.NDArray[np.float32]]:
-    """Cosines and sines, fp32 [context length, head_dim / 2], with the model's own scaling."""
+def _rope(config: PretrainedConfig) -> tuple[npt.NDArray[np.float32], float]:
+    """Radians a position, fp32 [head_dim / 2], and the factor of cosines and sines."""
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     rope = LlamaRotaryEmbedding(config)
-    positions = torch.arange(config.max_position_embeddings, dtype=torch.float32)
-    angles = torch.outer(positions, rope.inv_freq.float())
-    yield (angles.cos() * rope.attention_scaling).numpy()
-    yield (angles.sin() * rope.attention_scaling).numpy()
+    return _float(rope.inv_freq), float(rope.attention_scaling)
 
 
-def _constants(config: PretrainedConfig) -> Constants:
+def _constants(config: PretrainedConfig, rope_scale: float) -> Constants:
     windowed = getattr(config, "use_sliding_window", True)
     window = getattr(config, "sliding_window", None) if windowed else None
     return Constants(
         norm_epsilon=float(config.rms_norm_eps),
         context_length=int(config.max_position_embeddings),
         local_window=int(window) if window else -1,
+        rope_scale=rope_scale,
     )
 
 

@@ -27,7 +27,9 @@ FP32_ACTIVATIONS = 1
 LAST_START = "last_start"
 
 Logits = Literal["last", "all"]
-_ONNX_TYPES = {"uint8": TensorProto.UINT8, "float32": TensorProto.FLOAT}
+_ONNX_TYPES = {"uint8": TensorProto.UINT8, "float16": TensorProto.FLOAT16, "float32": TensorProto.FLOAT}
+_BITS_OF_BLOB = {block * bits // 8: bits for bits, block in QUANT_BLOCK.items()}
+"""Bits of a matrix by the bytes of one of its blocks."""
 
 
 @dataclass
@@ -49,21 +51,30 @@ class _Graph:
         self.small.append(helper.make_tensor(name, dtype, [len(values)], values))
         return name
 
+    def scalar(self, name: str, value: float) -> str:
+        self.small.append(helper.make_tensor(name, TensorProto.FLOAT, [], [value]))
+        return name
+
     def matmul(self, x: str, stem: str, output: str, inputs: int) -> str:
         """x · Wᵀ for the quantized matrix ``stem``, with ``inputs`` columns."""
-        weight, scales, bias = f"{stem}.weight", f"{stem}.scales", f"{stem}_bias"
+        weight, bias = f"{stem}.weight", f"{stem}_bias"
         ref = self.tensors[weight]
-        operands = [x, weight, scales, *(["", "", bias] if bias in self.tensors else [])]
+        bits = _BITS_OF_BLOB[ref.dims[2]]
+        operands = [x, weight, self.scales(stem), *(["", "", bias] if bias in self.tensors else [])]
         return self.add(
             "MatMulNBits",
             operands,
             output,
             K=inputs,
             N=ref.dims[0],
-            bits=ref.dims[2] * 8 // QUANT_BLOCK,
-            block_size=QUANT_BLOCK,
+            bits=bits,
+            block_size=QUANT_BLOCK[bits],
             accuracy_level=self.accuracy_level,
         )
+
+    def scales(self, stem: str) -> str:
+        """The matrix's scales in fp32, which the operators want; ONNX Runtime casts them as it loads."""
+        return self.add("Cast", [f"{stem}.scales"], f"{stem}.scales_fp32", "", to=TensorProto.FLOAT)
 
 
 def build_graph(
@@ -83,6 +94,7 @@ def build_graph(
     graph = _Graph(shape, constants, tensors, accuracy_level)
     depth = 1 + max((int(name.split(".")[1]) for name in tensors if name.startswith("layers.")), default=-1)
     _add_lengths(graph)
+    _add_rotations(graph)
     residual = _add_embedding(graph)
     branch: str | None = None
     for layer in range(depth):
@@ -104,14 +116,26 @@ def _add_lengths(graph: _Graph) -> None:
     graph.add("Squeeze", [narrow], "total_length", "")
 
 
+def _add_rotations(graph: _Graph) -> None:
+    """Cosines and sines, fp32 [context length, head_dim / 2]; ONNX Runtime computes them as it loads."""
+    bounds = {"first": 0.0, "end": float(graph.constants.context_length), "step": 1.0}
+    limits = [graph.scalar(f"position_{name}", value) for name, value in bounds.items()]
+    positions = graph.add("Range", limits, "positions", "")
+    column = graph.add("Unsqueeze", [positions, graph.constant("column", [1])], "position_column", "")
+    angles = graph.add("Mul", [column, "inverse_frequencies"], "angles", "")
+    scale = graph.scalar("rope_scale", graph.constants.rope_scale)
+    for name, op in (("cos", "Cos"), ("sin", "Sin")):
+        graph.add("Mul", [graph.add(op, [angles], f"{name}_unscaled", ""), scale], name, "")
+
+
 def _add_embedding(graph: _Graph) -> str:
     bits = graph.tensors["embed.weight"].dims[1] * 8 // graph.shape.hidden_size
     return graph.add(
         "GatherBlockQuantized",
-        ["embed.weight", "input_ids", "embed.scales"],
+        ["embed.weight", "input_ids", graph.scales("embed")],
         "embedded",
         bits=bits,
-        block_size=QUANT_BLOCK,
+        block_size=QUANT_BLOCK[bits],
         gather_axis=0,
         quantize_axis=1,
     )

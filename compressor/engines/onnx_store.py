@@ -30,8 +30,8 @@ ALIGNMENT = 64
 WEIGHTS_FILE = "weights.bin"
 INDEX_FILE = "export.json"
 SOURCE_FOLDER = "source"
-FORMAT_VERSION = 1
-DTYPES: Mapping[str, type[np.generic]] = {"uint8": np.uint8, "float32": np.float32}
+FORMAT_VERSION = 2
+DTYPES: Mapping[str, type[np.generic]] = {"uint8": np.uint8, "float16": np.float16, "float32": np.float32}
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,7 @@ class Constants:
     norm_epsilon: float
     context_length: int
     local_window: int = -1
+    rope_scale: float = 1.0
 
 
 class TensorFile:
@@ -121,8 +122,7 @@ class Export:
         head = self._pair(f"head.{outer}")
         table = {
             "norm": self._table["norm"],
-            "cos": self._table["cos"],
-            "sin": self._table["sin"],
+            "inverse_frequencies": self._table["inverse_frequencies"],
             "head.weight": head[0],
             "head.scales": head[1],
         }
@@ -207,17 +207,29 @@ class Export:
         return self._down[width]
 
     def _cut_down(self, width: int, index: Path) -> None:
-        blocks = -(-width // QUANT_BLOCK)
         temporary = self.folder / f"down-{width}.bin.tmp"
         with TensorFile(temporary) as file:
             for name, ref in self._table.items():
                 if ".down." in name:
-                    file.add(name, self.read(ref)[:, :blocks])
+                    bits = int(name.split(".")[3])
+                    kept = self.read(ref)[:, : -(-width // QUANT_BLOCK[bits])]
+                    file.add(name, _without_tail(kept, width, bits) if name.endswith("weight") else kept)
         temporary.replace(self.folder / f"down-{width}.bin")
         table = {name: asdict(replace(ref, file=f"down-{width}.bin")) for name, ref in file.table.items()}
         partial = index.with_suffix(".tmp")
         partial.write_text(json.dumps(table), encoding="utf-8")
         partial.replace(index)
+
+
+def _without_tail(integers: npt.NDArray[Any], width: int, bits: int) -> npt.NDArray[Any]:
+    """Integers [N, blocks, bytes] with zeros for the columns from ``width`` to the last block's end."""
+    a_byte = 8 // bits
+    rows = np.array(integers).reshape(len(integers), -1)
+    first = -(-width // a_byte)
+    rows[:, first:] = 0x88 if bits == 4 else 0x80
+    if width % a_byte:
+        rows[:, first - 1] = rows[:, first - 1] & 0x0F | 0x80
+    return rows.reshape(integers.shape)
 
 
 def open_export(folder: Path) -> Export:

@@ -31,7 +31,21 @@ def test_a_narrower_down_projection_is_cut_at_whole_blocks(tiny_export: Export) 
     full = tiny_export.tensors(SubNetwork((1, 3), (128, 128)))["layers.1.down.weight"]
     cut = tiny_export.tensors(NARROW)["layers.1.down.weight"]
     assert cut.file == "down-64.bin"
-    assert np.array_equal(tiny_export.read(cut), tiny_export.read(full)[:, :2])
+    assert np.array_equal(tiny_export.read(cut), tiny_export.read(full)[:, :1])
+
+
+@pytest.mark.parametrize(("bits", "zeros"), [(8, 0x80), (4, 0x88)])
+def test_a_cut_within_a_block_keeps_nothing_of_the_neurons_beyond(
+    tiny_export: Export, bits: int, zeros: int
+) -> None:
+    full, cut = (
+        tiny_export.read(tiny_export.tensors(SubNetwork((0,), (width,), (bits,)))["layers.0.down.weight"])
+        for width in (128, 80)
+    )
+    kept = 80 * bits // 8
+    flat = np.array(cut).reshape(len(cut), -1)
+    assert np.array_equal(flat[:, :kept], full.reshape(len(full), -1)[:, :kept])
+    assert (flat[:, kept:] == zeros).all() and flat.shape[1] > kept
 
 
 def test_a_second_sub_network_writes_nothing(tiny_export: Export) -> None:

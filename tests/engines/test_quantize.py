@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compressor.engines.quantize import dequantize, quantize
+from compressor.space import QUANT_BLOCK
 
 
 @given(
@@ -17,11 +18,12 @@ from compressor.engines.quantize import dequantize, quantize
 def test_no_weight_moves_further_than_its_step_allows(rows: int, columns: int, bits: int, seed: int) -> None:
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
     integers, scales = quantize(weight, bits)
-    blocks = -(-columns // 32)
-    assert integers.shape == (rows, blocks, 32 * bits // 8) and integers.dtype == torch.uint8
-    assert scales.shape == (rows, blocks) and scales.dtype == torch.float32
+    block = QUANT_BLOCK[bits]
+    blocks = -(-columns // block)
+    assert integers.shape == (rows, blocks, block * bits // 8) and integers.dtype == torch.uint8
+    assert scales.shape == (rows, blocks) and scales.dtype == torch.float16
     error = (dequantize(integers, scales, bits)[:, :columns] - weight).abs()
-    step = scales.abs().repeat_interleave(32, dim=1)[:, :columns]
+    step = scales.float().abs().repeat_interleave(block, dim=1)[:, :columns]
     # the positive end of the 4-bit grid is clipped by up to a step
     assert (error <= step * (0.501 if bits == 8 else 1.001)).all()
 
