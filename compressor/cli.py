@@ -292,6 +292,38 @@ def package(
 
 
 @app.command()
+def export(
+    source: Annotated[
+        Path, typer.Argument(metavar="RUN", help="Run folder, or a Hugging Face model folder.")
+    ],
+    format: Annotated[str, typer.Option(help="gguf, hf, vllm or onnx.")],
+    pick: Annotated[str, typer.Option(help="winner, best, smallest, fastest, or a digest.")] = "winner",
+    numerics: Annotated[str, typer.Option(help="Numerics of that format [default: its usual ones].")] = "",
+    portable: Annotated[
+        bool, typer.Option("--portable", help="vllm: pad to one width, for vLLM without the plugin.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="File or folder to write [default: SOURCE-FORMAT].")
+    ] = None,
+) -> None:
+    """Write a sub-network of a finished run, or a whole model, for another runtime.
+
+    Examples:
+
+      compress export runs/demo --format gguf
+
+      compress export runs/demo --format vllm --pick smallest --portable
+    """
+    from compressor.console import terminal_listener
+    from compressor.pipeline.exporting import export as write
+
+    console = Console()
+    with terminal_listener(console) as listener:
+        written = write(source, format, pick, numerics, portable, out, listener)
+    console.print(f"written: {written}", highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
 def measure(
     target: Annotated[
         str, typer.Argument(help="Package, model (folder, GGUF, hub id, `starter`) or endpoint URL.")

@@ -27,7 +27,7 @@ _LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_SPLITS: Mapping[str, str | None] = {
+SPLITS: Mapping[str, str | None] = {
     "smollm": None,
     "default": None,
     "gpt-2": None,
@@ -38,8 +38,8 @@ _SPLITS: Mapping[str, str | None] = {
 """What the file's ``tokenizer.ggml.pre`` splits on before byte-level BPE; None: GPT-2's own pattern."""
 
 
-_OUTER_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-_LAYER_NAMES = {
+OUTER_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+LAYER_NAMES = {
     "attn_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -205,8 +205,8 @@ def _parameter_name(tensor: str) -> str:
     parts = tensor.split(".")
     try:
         if parts[0] != "blk":
-            return f"{_OUTER_NAMES[parts[0]]}.{parts[1]}"
-        return f"model.layers.{parts[1]}.{_LAYER_NAMES[parts[2]]}.{parts[3]}"
+            return f"{OUTER_NAMES[parts[0]]}.{parts[1]}"
+        return f"model.layers.{parts[1]}.{LAYER_NAMES[parts[2]]}.{parts[3]}"
     except (KeyError, IndexError):
         raise _unknown_tensor(tensor) from None
 
@@ -256,12 +256,12 @@ def _pre_tokenizer(path: Path, name: str) -> Any:
     """tokenizers' pre-tokenizer for the name llama.cpp gives it. Raises ``InputError``."""
     from tokenizers import Regex, pre_tokenizers
 
-    if name not in _SPLITS:
+    if name not in SPLITS:
         raise InputError(
             f"{path}: its tokenizer splits text the '{name}' way, which is unknown here; "
-            f"use the Hugging Face folder of this model instead (known: {', '.join(sorted(_SPLITS))})"
+            f"use the Hugging Face folder of this model instead (known: {', '.join(sorted(SPLITS))})"
         )
-    split = _SPLITS[name]
+    split = SPLITS[name]
     steps: list[Any] = []
     if name == "smollm":
         steps.append(pre_tokenizers.Digits(individual_digits=True))

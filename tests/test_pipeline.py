@@ -196,3 +196,31 @@ def test_tasks_from_local_data_can_be_what_accuracy_means(
     manifest = read_manifest(home / "tasks" / "package")
     assert manifest.accuracy[0].task == "arc_easy"
     assert manifest.accuracy[0].items == 8
+
+
+def test_the_winner_is_exported_to_every_format(finished: Path, tmp_path: Path) -> None:
+    widths = read_manifest(finished / "package").architecture.widths
+    marks = {"gguf": "", "hf": "model.safetensors", "vllm": "manifest.json", "onnx": "model.onnx"}
+    for form, mark in marks.items():
+        out = tmp_path / form
+        done = compress("export", str(finished), "--format", form, "--out", str(out))
+        assert done.returncode == 0, done.stderr
+        assert (out / mark if mark else out).is_file()
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert config.get("intermediate_sizes", [config["intermediate_size"]] * len(widths)) == widths
+    again = compress("export", str(finished), "--format", "gguf", "--out", str(tmp_path / "gguf"))
+    assert again.returncode == 2 and "exists" in again.stderr
+
+
+def test_another_pick_is_exported_and_unknown_formats_are_refused(finished: Path, tmp_path: Path) -> None:
+    out = str(tmp_path / "small")
+    done = compress("export", str(finished), "--format", "hf", "--pick", "smallest", "--out", out)
+    assert done.returncode == 0, done.stderr
+    done = compress("export", str(finished), "--format", "tflite")
+    assert done.returncode == 2 and "gguf, hf, vllm, onnx" in done.stderr
+
+
+def test_a_whole_model_is_exported_without_a_run(tiny_model_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "whole.gguf"
+    done = compress("export", str(tiny_model_folder), "--format", "gguf", "--out", str(out))
+    assert done.returncode == 0 and out.read_bytes()[:4] == b"GGUF"

@@ -23,6 +23,7 @@ from compressor import models
 from compressor.engines.onnx_store import (
     INDEX_FILE,
     SOURCE_FOLDER,
+    UNQUANTIZED,
     WEIGHTS_FILE,
     Constants,
     Export,
@@ -142,6 +143,9 @@ def _add_layer(
 
 def _add_matrix(file: TensorFile, name: str, weight: torch.Tensor, bits: tuple[int, ...]) -> None:
     for width in bits:
+        if width == UNQUANTIZED:
+            file.add(f"{name}.{width}.weight", weight.bfloat16().contiguous().view(torch.uint16).numpy())
+            continue
         integers, scales = quantize(weight, width)
         file.add(f"{name}.{width}.weight", integers.numpy())
         file.add(f"{name}.{width}.scales", scales.numpy())

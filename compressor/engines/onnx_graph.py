@@ -27,7 +27,12 @@ FP32_ACTIVATIONS = 1
 LAST_START = "last_start"
 
 Logits = Literal["last", "all"]
-_ONNX_TYPES = {"uint8": TensorProto.UINT8, "float16": TensorProto.FLOAT16, "float32": TensorProto.FLOAT}
+_ONNX_TYPES = {
+    "uint8": TensorProto.UINT8,
+    "uint16": TensorProto.BFLOAT16,
+    "float16": TensorProto.FLOAT16,
+    "float32": TensorProto.FLOAT,
+}
 _BITS_OF_BLOB = {block * bits // 8: bits for bits, block in QUANT_BLOCK.items()}
 """Bits of a matrix by the bytes of one of its blocks."""
 
@@ -56,9 +61,11 @@ class _Graph:
         return name
 
     def matmul(self, x: str, stem: str, output: str, inputs: int) -> str:
-        """x · Wᵀ for the quantized matrix ``stem``, with ``inputs`` columns."""
+        """x · Wᵀ for the matrix ``stem``, with ``inputs`` columns."""
         weight, bias = f"{stem}.weight", f"{stem}_bias"
         ref = self.tensors[weight]
+        if f"{stem}.scales" not in self.tensors:
+            return self._plain_matmul(x, stem, output)
         bits = _BITS_OF_BLOB[ref.dims[2]]
         operands = [x, weight, self.scales(stem), *(["", "", bias] if bias in self.tensors else [])]
         return self.add(
@@ -72,9 +79,19 @@ class _Graph:
             accuracy_level=self.accuracy_level,
         )
 
+    def _plain_matmul(self, x: str, stem: str, output: str) -> str:
+        bias = f"{stem}_bias"
+        product = f"{stem}.product" if bias in self.tensors else output
+        self.add("FusedMatMul", [x, self.widened(f"{stem}.weight")], product, transB=1)
+        return self.add("Add", [product, bias], output, "") if bias in self.tensors else product
+
     def scales(self, stem: str) -> str:
-        """The matrix's scales in fp32, which the operators want; ONNX Runtime casts them as it loads."""
-        return self.add("Cast", [f"{stem}.scales"], f"{stem}.scales_fp32", "", to=TensorProto.FLOAT)
+        """The matrix's scales in fp32, which the operators want."""
+        return self.widened(f"{stem}.scales")
+
+    def widened(self, name: str) -> str:
+        """A tensor in fp32; ONNX Runtime casts it as it loads."""
+        return self.add("Cast", [name], f"{name}_fp32", "", to=TensorProto.FLOAT)
 
 
 def build_graph(
@@ -129,6 +146,8 @@ def _add_rotations(graph: _Graph) -> None:
 
 
 def _add_embedding(graph: _Graph) -> str:
+    if "embed.scales" not in graph.tensors:
+        return graph.add("Gather", [graph.widened("embed.weight"), "input_ids"], "embedded", "", axis=0)
     bits = graph.tensors["embed.weight"].dims[1] * 8 // graph.shape.hidden_size
     return graph.add(
         "GatherBlockQuantized",

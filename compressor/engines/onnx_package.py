@@ -21,7 +21,8 @@ from compressor.engines.memory import package_bytes
 from compressor.engines.model_card import write_model_card
 from compressor.engines.onnx_graph import build_graph
 from compressor.engines.onnx_store import ALIGNMENT, SOURCE_FOLDER, Export, TensorRef
-from compressor.errors import InputError, PackageError
+from compressor.engines.whole import whole_folder
+from compressor.errors import PackageError
 from compressor.manifest import Architecture, Manifest, record_files, write_manifest
 from compressor.space import Numerics, SubNetwork, parameter_count, weight_bytes
 
@@ -45,21 +46,8 @@ def write_package(
     ...) that are not known from the export. ``folder`` must not exist; it is whole or absent.
     Raises ``InputError`` or ``PackageError``.
     """
-    if folder.exists():
-        raise InputError(f"{folder} exists: delete it or choose another folder for the package")
-    temporary = folder.with_name(f"{folder.name}.tmp{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir(parents=True)
-        manifest = _fill(export, subnet, temporary, fields, numerics)
-        temporary.rename(folder)
-    except OSError as error:
-        raise PackageError(
-            f"{folder} could not be written ({error}): free disk space and try again"
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return manifest
+    with whole_folder(folder) as scratch:
+        return _fill(export, subnet, scratch, fields, numerics)
 
 
 def _fill(

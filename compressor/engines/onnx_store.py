@@ -31,7 +31,15 @@ WEIGHTS_FILE = "weights.bin"
 INDEX_FILE = "export.json"
 SOURCE_FOLDER = "source"
 FORMAT_VERSION = 2
-DTYPES: Mapping[str, type[np.generic]] = {"uint8": np.uint8, "float16": np.float16, "float32": np.float32}
+DTYPES: Mapping[str, type[np.generic]] = {
+    "uint8": np.uint8,
+    "uint16": np.uint16,
+    "float16": np.float16,
+    "float32": np.float32,
+}
+"""uint16 stands for the bits of bfloat16, which numpy lacks."""
+UNQUANTIZED = 16
+"""Bits of the weights of a bf16 package."""
 
 
 @dataclass(frozen=True)
@@ -113,24 +121,23 @@ class Export:
         return self.folder / SOURCE_FOLDER
 
     def tensors(self, subnet: SubNetwork, numerics: Numerics = "int8") -> dict[str, TensorRef]:
-        """The tensors of a sub-network by role, layers renumbered from 0.
+        """The tensors of a sub-network by role, layers renumbered from 0; quantized matrices have scales.
 
         Raises ``InputError`` for bits that were not exported or layers the model lacks.
         """
-        outer = 4 if numerics == "int4" else 8
+        outer = {"int4": 4, "int8": 8}.get(numerics, UNQUANTIZED)
         self._require_bits({outer, *self._layer_bits(subnet, numerics)})
-        head = self._pair(f"head.{outer}")
         table = {
             "norm": self._table["norm"],
             "inverse_frequencies": self._table["inverse_frequencies"],
-            "head.weight": head[0],
-            "head.scales": head[1],
+            **_matrix(self._table, f"head.{outer}", "head"),
+            **_matrix(
+                self._table, f"{'head' if self.shape.tie_word_embeddings else 'embed'}.{outer}", "embed"
+            ),
         }
-        embed = head if self.shape.tie_word_embeddings else self._pair(f"embed.{outer}")
-        table["embed.weight"] = embed[0].reshaped(
-            self.shape.vocab_size, -(-embed[0].bytes // embed[0].dims[0])
-        )
-        table["embed.scales"] = embed[1]
+        if outer != UNQUANTIZED:
+            rows = table["embed.weight"]
+            table["embed.weight"] = rows.reshaped(rows.dims[0], rows.bytes // rows.dims[0])
         for position, (layer, width, bits) in enumerate(
             zip(subnet.layers, subnet.widths, self._layer_bits(subnet, numerics), strict=True)
         ):
@@ -161,22 +168,20 @@ class Export:
         (self.folder / INDEX_FILE).write_text(json.dumps(index), encoding="utf-8")
 
     def _layer_bits(self, subnet: SubNetwork, numerics: Numerics) -> tuple[int, ...]:
-        if numerics not in ("int8", "int4"):
+        if numerics not in ("int8", "int4", "bf16"):
             raise InputError(
-                f"ONNX Runtime packages are int8 or int4, not {numerics}: set the profile's numerics"
+                f"ONNX Runtime packages are int8, int4 or bf16, not {numerics}: set the profile's numerics"
             )
         if subnet.layers and max(subnet.layers) >= self.shape.num_layers:
             raise InputError(
                 f"{self.folder} has {self.shape.num_layers} layers: {subnet.layers} does not fit"
             )
-        return (4,) * subnet.depth if numerics == "int4" else subnet.bits
+        everywhere = {"int4": 4, "bf16": UNQUANTIZED}.get(numerics)
+        return (everywhere,) * subnet.depth if everywhere else subnet.bits
 
     def _require_bits(self, wanted: set[int]) -> None:
         if missing := sorted(wanted - set(self.bits)):
             raise InputError(f"{self.folder} lacks {missing[0]}-bit weights: export it again with them")
-
-    def _pair(self, name: str) -> tuple[TensorRef, TensorRef]:
-        return self._table[f"{name}.weight"], self._table[f"{name}.scales"]
 
     def _layer(self, layer: int, width: int, bits: int) -> dict[str, TensorRef]:
         stem = f"layers.{layer}."
@@ -186,16 +191,13 @@ class Export:
             if role.startswith(stem) and role.count(".") == 2
         }
         for matrix in ("qkv", "o"):
-            table[f"{matrix}.weight"], table[f"{matrix}.scales"] = self._pair(f"{stem}{matrix}.{bits}")
+            table |= _matrix(self._table, f"{stem}{matrix}.{bits}", matrix)
         for matrix in ("gate", "up"):
-            weight, scales = self._pair(f"{stem}{matrix}.{bits}")
-            table[f"{matrix}.weight"], table[f"{matrix}.scales"] = weight.prefix(width), scales.prefix(width)
+            whole = _matrix(self._table, f"{stem}{matrix}.{bits}", matrix)
+            table |= {role: ref.prefix(width) for role, ref in whole.items()}
             if f"{matrix}_bias" in table:
                 table[f"{matrix}_bias"] = table[f"{matrix}_bias"].prefix(width)
-        down = self._down_table(width)
-        table["down.weight"] = down[f"{stem}down.{bits}.weight"]
-        table["down.scales"] = down[f"{stem}down.{bits}.scales"]
-        return table
+        return table | _matrix(self._down_table(width), f"{stem}down.{bits}", "down")
 
     def _down_table(self, width: int) -> Mapping[str, TensorRef]:
         """Down projections at this width: the export's own if full, else a file cut once."""
@@ -211,14 +213,27 @@ class Export:
         with TensorFile(temporary) as file:
             for name, ref in self._table.items():
                 if ".down." in name:
-                    bits = int(name.split(".")[3])
-                    kept = self.read(ref)[:, : -(-width // QUANT_BLOCK[bits])]
-                    file.add(name, _without_tail(kept, width, bits) if name.endswith("weight") else kept)
+                    file.add(name, _cut_columns(self.read(ref), name, width))
         temporary.replace(self.folder / f"down-{width}.bin")
         table = {name: asdict(replace(ref, file=f"down-{width}.bin")) for name, ref in file.table.items()}
         partial = index.with_suffix(".tmp")
         partial.write_text(json.dumps(table), encoding="utf-8")
         partial.replace(index)
+
+
+def _matrix(table: Mapping[str, TensorRef], name: str, role: str) -> dict[str, TensorRef]:
+    """A matrix's weight, and its scales if it is quantized, under its role in a graph."""
+    parts = (part for part in ("weight", "scales") if f"{name}.{part}" in table)
+    return {f"{role}.{part}": table[f"{name}.{part}"] for part in parts}
+
+
+def _cut_columns(values: npt.NDArray[Any], name: str, width: int) -> npt.NDArray[Any]:
+    """The first ``width`` columns of the tensor ``layers.LAYER.down.BITS.PART``, in whole blocks."""
+    _, _, _, bits, part = name.split(".")
+    if int(bits) == UNQUANTIZED:
+        return values[:, :width]
+    kept = values[:, : -(-width // QUANT_BLOCK[int(bits)])]
+    return _without_tail(kept, width, int(bits)) if part == "weight" else kept
 
 
 def _without_tail(integers: npt.NDArray[Any], width: int, bits: int) -> npt.NDArray[Any]:

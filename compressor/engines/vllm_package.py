@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,7 +26,8 @@ from compressor.engines.vllm_weights import (
     plan_tensors,
     write_tensors,
 )
-from compressor.errors import InputError, PackageError
+from compressor.engines.whole import whole_folder
+from compressor.errors import InputError
 from compressor.manifest import Architecture, Manifest, record_files, write_manifest
 from compressor.space import SubNetwork
 
@@ -76,21 +76,8 @@ def write_package(
     ``PackageError`` if the package cannot be written.
     """
     _check_numerics(subnet, numerics)
-    if folder.exists():
-        raise InputError(f"{folder} exists: delete it or choose another folder for the package")
-    scratch = folder.with_name(f"{folder.name}.tmp{os.getpid()}")
-    shutil.rmtree(scratch, ignore_errors=True)
-    try:
-        scratch.mkdir(parents=True)
-        manifest = _fill(supernet, subnet, scratch, fields, cast(VllmNumerics, numerics), portable)
-        scratch.rename(folder)
-    except OSError as error:
-        raise PackageError(
-            f"{folder} could not be written ({error}): free disk space and try again"
-        ) from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    return manifest
+    with whole_folder(folder) as scratch:
+        return _fill(supernet, subnet, scratch, fields, cast(VllmNumerics, numerics), portable)
 
 
 def package_config(
@@ -163,7 +150,7 @@ def _fill(
     numerics: VllmNumerics,
     portable: bool,
 ) -> Manifest:
-    base = _read_config(supernet)
+    base = read_config(supernet)
     config = package_config(base, subnet, numerics, portable)
     tied = bool(base.get("tie_word_embeddings"))
     source = Source(supernet)
@@ -199,7 +186,8 @@ def _fill(
     return manifest
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
+    """The folder's ``config.json``. Raises ``InputError``."""
     path = folder / "config.json"
     try:
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

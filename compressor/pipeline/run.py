@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -225,24 +226,30 @@ def package_pick(path: Path, pick: str, out: Path | None, listener: Listener) ->
 
     Raises ``InputError`` for a pick that the run does not know, or a folder that exists.
     """
-    folder = RunFolder.open_existing(path)
     target = out or path / f"package-{pick}"
     if target.exists():
         raise InputError(f"{target} exists: delete it, or choose another folder with --out")
+    with reopened(path, listener) as workshop:
+        context = workshop.context
+        outcome = picked(workshop.problem, known_outcomes(context.ledger, workshop.terms), pick)
+        finalist = finish(context, workshop.terms, workshop.engine, workshop.task, outcome)
+        package(context, workshop.plan, workshop.engine, workshop.task, finalist, target)
+        for line in verify_package(target):
+            context.say(line)
+    return target
+
+
+@contextmanager
+def reopened(path: Path, listener: Listener) -> Iterator[Workshop]:
+    """What evaluating in a finished run needs, with the run locked. Raises ``InputError``."""
+    folder = RunFolder.open_existing(path)
     request = stored_request(folder)
     with folder.locked(), open_ledger(folder.ledger) as ledger:
         machine = device.detect()
         context = Context(folder, request, ledger, machine, listener)
         plan = make_plan(request, machine, path)
         info = read_info(folder.supernet)
-        space = replace(plan.space, drop_order=info.drop_order)
-        workshop = Workshop(context, plan, info, space)
-        outcome = picked(workshop.problem, known_outcomes(ledger, workshop.terms), pick)
-        finalist = finish(context, workshop.terms, workshop.engine, workshop.task, outcome)
-        package(context, plan, workshop.engine, workshop.task, finalist, target)
-        for line in verify_package(target):
-            context.say(line)
-    return target
+        yield Workshop(context, plan, info, replace(plan.space, drop_order=info.drop_order))
 
 
 def picked(problem: Problem, outcomes: Sequence[Outcome], pick: str) -> Outcome:

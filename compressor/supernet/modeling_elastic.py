@@ -1,7 +1,8 @@
 """LLaMA-like models whose layers have MLPs of different widths.
 
-This file travels with such a model's weights, so it imports nothing but transformers. The
+This file travels with such a model's weights, so it imports nothing but transformers (5, or 4.57). The
 configuration's ``intermediate_sizes`` gives each layer's width; ``intermediate_size`` is the widest.
+``per_layer_config`` says the same in transformers' own words, which its models do not read yet.
 """
 
 # mypy: disable-error-code="misc"
@@ -29,22 +30,30 @@ def resize_mlps(model: Any, config: Any) -> None:
             layer.mlp = type(layer.mlp)(layer_config)
 
 
-class ElasticLlamaConfig(LlamaConfig):
+class PerLayerWidths:
+    """Mixed in before a configuration class: keeps transformers 5 from guarding ``intermediate_size``."""
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        kwargs.pop("per_layer_config", None)
+        super().__post_init__(**kwargs)
+
+
+class ElasticLlamaConfig(PerLayerWidths, LlamaConfig):
     model_type = "elastic_llama"
     intermediate_sizes: list[int] | None = None
 
 
-class ElasticMistralConfig(MistralConfig):
+class ElasticMistralConfig(PerLayerWidths, MistralConfig):
     model_type = "elastic_mistral"
     intermediate_sizes: list[int] | None = None
 
 
-class ElasticQwen2Config(Qwen2Config):
+class ElasticQwen2Config(PerLayerWidths, Qwen2Config):
     model_type = "elastic_qwen2"
     intermediate_sizes: list[int] | None = None
 
 
-class ElasticQwen3Config(Qwen3Config):
+class ElasticQwen3Config(PerLayerWidths, Qwen3Config):
     model_type = "elastic_qwen3"
     intermediate_sizes: list[int] | None = None
 

@@ -15,7 +15,7 @@ from compressor.engines.onnx_session import Decoder, open_session, prefill_logit
 from compressor.engines.onnx_store import Export
 from compressor.space import SubNetwork
 from tests.conftest import make_tiny_model
-from tests.engines.reference import cut_quantized, logits
+from tests.engines.reference import cut, cut_quantized, logits
 
 IDS = np.random.default_rng(0).integers(0, 512, (2, 24))
 
@@ -64,6 +64,23 @@ def test_int4_rounds_every_matrix_to_four_bits(tiny_export: Export, tiny_model_f
     four = SubNetwork(subnet.layers, subnet.widths, (4, 4))
     reference = cut_quantized(tiny_model_folder, four, outer_bits=4)
     assert np.abs(fp32_logits(tiny_export, subnet, "int4") - logits(reference, IDS)).max() < 1e-3
+
+
+@pytest.mark.parametrize("family", ["untied", "biased llama", "qwen3"])
+def test_bf16_computes_what_the_extracted_model_does(
+    tiny_model_folder: Path, tmp_path: Path, family: str
+) -> None:
+    folder = tmp_path / "model"
+    if family in FAMILIES:
+        make_tiny_model(folder, **FAMILIES[family])
+    else:
+        make_relative(tiny_model_folder, folder, family)
+    exported = export(folder, tmp_path / "export", (16,))
+    subnet = SubNetwork((0, 2), (128, 50))
+    reference = cut(folder, subnet)
+    for matrix in (parameter for parameter in reference.parameters() if parameter.dim() == 2):
+        matrix.data = matrix.data.bfloat16().float()
+    assert np.abs(fp32_logits(exported, subnet, "bf16") - logits(reference, IDS)).max() < 1e-3
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,0 +1,129 @@
+"""Sub-networks of a run, or whole models, written for other runtimes than the one that was measured."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from compressor import models
+from compressor.engines import gguf_file, hf_folder, onnx_export, onnx_package, vllm_package
+from compressor.engines.onnx_store import UNQUANTIZED
+from compressor.errors import InputError
+from compressor.events import Listener
+from compressor.manifest import read_manifest
+from compressor.pipeline.candidates import known_outcomes
+from compressor.request import stored_request
+from compressor.runfolder import RUN_FILE, RunFolder
+from compressor.space import Numerics, SubNetwork
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The weights a sub-network is cut from, and what its metadata says of where it comes from."""
+
+    supernet: Path
+    subnet: SubNetwork
+    fields: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a format is written. ``write`` takes the origin, target, numerics and whether to pad."""
+
+    suffix: str
+    numerics: str
+    write: Callable[[Origin, Path, str, bool], object]
+
+
+def export(
+    source: Path, name: str, pick: str, numerics: str, portable: bool, out: Path | None, listener: Listener
+) -> Path:
+    """Write the sub-network ``pick`` of a run, or all of a model folder, in the format ``name``.
+
+    Returns what was written, whole. Raises ``InputError``, ``PackageError``.
+    """
+    if name not in FORMATS:
+        raise InputError(f"no format '{name}': use {', '.join(FORMATS)}")
+    form = FORMATS[name]
+    if portable and name != "vllm":
+        raise InputError(f"--portable is for --format vllm, not for {name}: leave it out")
+    target = out or source.with_name(f"{source.resolve().name}{form.suffix}")
+    if target.exists():
+        raise InputError(f"{target} exists: delete it, or choose another name with --out")
+    form.write(_origin(source, pick, listener), target, numerics or form.numerics, portable)
+    return target
+
+
+def _origin(source: Path, pick: str, listener: Listener) -> Origin:
+    if not (source / RUN_FILE).is_file():
+        return _whole_model(source)
+    folder = RunFolder.open_existing(source)
+    model = models.resolve(stored_request(folder).model)
+    subnet = _winner(folder) if pick == "winner" else _picked(source, pick, listener)
+    fields = {
+        "name": f"{Path(model.name).name}-{subnet.digest}",
+        "base_model": model.name,
+        "base_revision": model.revision,
+        "license": model.license,
+    }
+    return Origin(folder.supernet, subnet, fields)
+
+
+def _whole_model(folder: Path) -> Origin:
+    model = models.resolve(str(folder))
+    if model.kind != "folder":
+        raise InputError(f"{folder} is neither a run nor a Hugging Face model folder: name one of these")
+    shape = models.read_shape(model)
+    layers = tuple(range(shape.num_layers))
+    fields = {"name": model.name, "base_model": model.name, "license": model.license}
+    return Origin(folder, SubNetwork(layers, (shape.intermediate_size,) * len(layers)), fields)
+
+
+def _winner(folder: RunFolder) -> SubNetwork:
+    return SubNetwork.from_dict(read_manifest(folder.package).architecture.model_dump())
+
+
+def _picked(path: Path, pick: str, listener: Listener) -> SubNetwork:
+    from compressor.pipeline.run import picked, reopened
+
+    with reopened(path, listener) as workshop:
+        outcomes = known_outcomes(workshop.context.ledger, workshop.terms)
+        return picked(workshop.problem, outcomes, pick).subnet
+
+
+def _write_gguf(origin: Origin, target: Path, numerics: str, _portable: bool) -> None:
+    gguf_file.write_gguf(origin.supernet, origin.subnet, target, origin.fields, numerics=numerics)
+
+
+def _write_hf(origin: Origin, target: Path, numerics: str, _portable: bool) -> None:
+    hf_folder.write_hf_folder(origin.supernet, origin.subnet, target, origin.fields, numerics=numerics)
+
+
+def _write_vllm(origin: Origin, target: Path, numerics: str, portable: bool) -> None:
+    vllm_package.write_package(
+        origin.supernet, origin.subnet, target, origin.fields, numerics=numerics, portable=portable
+    )
+
+
+def _write_onnx(origin: Origin, target: Path, numerics: str, _portable: bool) -> None:
+    everywhere = {"int8": set(origin.subnet.bits) | {8}, "int4": {4}, "bf16": {UNQUANTIZED}}
+    if numerics not in everywhere:
+        raise InputError(f"ONNX Runtime packages are written in {', '.join(everywhere)}, not in '{numerics}'")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".export-") as scratch:
+        bits = tuple(everywhere[numerics])
+        exported = onnx_export.export(origin.supernet, Path(scratch) / "export", bits)
+        onnx_package.write_package(
+            exported, origin.subnet, target, origin.fields, numerics=cast(Numerics, numerics)
+        )
+
+
+FORMATS: Mapping[str, Format] = {
+    "gguf": Format(".gguf", "q8_0", _write_gguf),
+    "hf": Format("-hf", "bf16", _write_hf),
+    "vllm": Format("-vllm", "int8", _write_vllm),
+    "onnx": Format("-onnx", "int8", _write_onnx),
+}
