@@ -1,8 +1,7 @@
 """The batching loop: one thread owns the model, and requests join and leave between tokens.
 
-A turn prefills a chunk of the oldest prompt, then decodes one token of every running sequence. While
-others decode, chunks are cut to about ``STALL`` times a decoding step, so that a long prompt slows a
-stream but never stalls it.
+A turn prefills a chunk of the oldest prompt (how much, says pace.py), then decodes one token of every
+running sequence.
 """
 
 from __future__ import annotations
@@ -11,21 +10,19 @@ import logging
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from serve.errors import ApiError
 from serve.model import Model
+from serve.pace import Pace
 from serve.rows import Rows
 from serve.sampling import Logits
 from serve.sequence import SequenceState
 
 log = logging.getLogger("serve.scheduler")
 
-CHUNK_TOKENS = 512  # of a prompt when nothing else runs
 SCORED_CHUNK_TOKENS = 64  # logits of every position are kept: vocabulary x 4 bytes a token
-MIN_CHUNK_TOKENS = 8
-STALL = 1.5
-SMOOTHING = 0.2
 
 
 @dataclass
@@ -42,9 +39,18 @@ class Counters:
 
 
 class Scheduler:
-    """Runs sequences to their end. ``start`` it, ``submit`` from any thread, ``close`` it."""
+    """Runs sequences to their end. ``start`` it, ``submit`` from any thread, ``close`` it.
 
-    def __init__(self, model: Model, budget_tokens: int, queue_limit: int) -> None:
+    ``after_turn`` is called on the batching thread once the sequences' sinks have got a turn's events.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        budget_tokens: int,
+        queue_limit: int,
+        after_turn: Callable[[], None] = lambda: None,
+    ) -> None:
         self.rows = Rows(model.cache, budget_tokens)
         self.counters = Counters()
         self._model = model
@@ -53,8 +59,8 @@ class Scheduler:
         self._changed = threading.Condition()
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="batching", daemon=True)
-        self._decode_seconds = 0.0
-        self._prefill_seconds_per_token = 0.0
+        self._pace = Pace()
+        self._after_turn = after_turn
 
     @property
     def waiting(self) -> int:
@@ -116,6 +122,7 @@ class Scheduler:
             except Exception as error:
                 log.exception("a batching step failed")
                 self._fail_all(error)
+            self._after_turn()
 
     def _turn(self) -> None:
         self._reap()
@@ -162,7 +169,8 @@ class Scheduler:
         began = time.monotonic()
         read = self._model.score if sequence.request.score_prompt else self._model.prefill
         logits = read(row, chunk)
-        self._learn_prefill((time.monotonic() - began) / len(chunk))
+        waiting, reading = len(self.rows.decoding), len(self.rows.prefilling)
+        self._pace.read(len(chunk), time.monotonic() - began, waiting, reading)
         self.counters.prompt_tokens += len(chunk)
         if sequence.request.score_prompt:
             for offset, token in enumerate(prompt[done + 1 : done + 1 + len(chunk)]):
@@ -183,19 +191,17 @@ class Scheduler:
         self.counters.cached_tokens += sequence.cached_tokens
 
     def _chunk_tokens(self, sequence: SequenceState) -> int:
+        tokens = self._pace.chunk(len(self.rows.decoding), len(self.rows.prefilling))
         if sequence.request.score_prompt:
-            return SCORED_CHUNK_TOKENS if self._model.scores_chunks else 1
-        if not self.rows.decoding or not self._prefill_seconds_per_token:
-            return CHUNK_TOKENS
-        affordable = int(STALL * self._decode_seconds / self._prefill_seconds_per_token)
-        return min(max(affordable, MIN_CHUNK_TOKENS), CHUNK_TOKENS)
+            return min(tokens, SCORED_CHUNK_TOKENS) if self._model.scores_chunks else 1
+        return tokens
 
     def _decode(self) -> None:
         """One token for every running sequence."""
         sequences = list(self.rows.decoding)
         began = time.monotonic()
         logits = self._model.decode([sequence.output[-1] for sequence in sequences])
-        self._learn_decode(time.monotonic() - began)
+        self._pace.decoded(time.monotonic() - began)
         self.counters.steps += 1
         for sequence, row in zip(sequences, logits, strict=True):
             self._advance(sequence, row)
@@ -218,17 +224,7 @@ class Scheduler:
             sequence.fail(ApiError(500, f"the engine failed: {str(error).splitlines()[0]}"))
         self.rows.drop_all()
 
-    def _learn_prefill(self, seconds_per_token: float) -> None:
-        self._prefill_seconds_per_token = _smooth(self._prefill_seconds_per_token, seconds_per_token)
-
-    def _learn_decode(self, seconds: float) -> None:
-        self._decode_seconds = _smooth(self._decode_seconds, seconds)
-
     def _expected_wait_seconds(self) -> int:
         """A guess for Retry-After: the tokens that the queue may yet ask for, at the present speed."""
         tokens = sum(item.request.max_tokens for item in self._waiting) / max(1, len(self._model.cache.rows))
-        return min(60, max(1, round(tokens * self._decode_seconds)))
-
-
-def _smooth(old: float, new: float) -> float:
-    return old + SMOOTHING * (new - old) if old else new
+        return min(60, max(1, round(tokens * self._pace.decode_seconds)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import signal
 import socket
@@ -30,6 +31,8 @@ def run(settings: Settings) -> None:
     service = Service(settings)
     app = create_app(settings, service)
     app.router.lifespan_context = _lifespan(service)
+    gc.collect()
+    gc.freeze()  # what lives as long as the server is not looked through again while tokens wait
     listener.listen(MAX_CONNECTIONS)
     port = listener.getsockname()[1]
     log.info(

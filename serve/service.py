@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from serve.errors import ApiError, bad_request
 from serve.grammar import Grammars
 from serve.kvcache import KeyValueCache
+from serve.mailbox import Mailbox
 from serve.memory import plan_cache
 from serve.metrics import Metrics
 from serve.model import Model, cache_shape, open_session
@@ -23,7 +24,6 @@ from serve.sequence import (
     GenerationRequest,
     Piece,
     SequenceState,
-    Sink,
 )
 from serve.settings import Settings
 
@@ -62,7 +62,8 @@ class Service:
         shape = cache_shape(session, self.package.kv_heads, self.package.head_dim, self.context)
         self.model = Model(session, KeyValueCache(shape, settings.max_concurrency))
         self.model.warm_up()
-        self.scheduler = Scheduler(self.model, self.budget_tokens, settings.queue_size)
+        self._mailbox = Mailbox()
+        self.scheduler = Scheduler(self.model, self.budget_tokens, settings.queue_size, self._mailbox.send)
         self.metrics = Metrics(self.scheduler)
         self.scheduler.start()
 
@@ -97,14 +98,12 @@ class Service:
     ) -> Generation:
         """Queue sequences, with a constraint for each or none. Raises ``ApiError`` if the queue is full."""
         events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
-        loop = asyncio.get_running_loop()
-
-        def sink_of(index: int) -> Sink:
-            return lambda event: loop.call_soon_threadsafe(events.put_nowait, (index, event))
-
         states = [
             SequenceState(
-                request, self.tokenizer, sink_of(index), constraints[index] if constraints else None
+                request,
+                self.tokenizer,
+                self._mailbox.sink(events.put_nowait, index),
+                constraints[index] if constraints else None,
             )
             for index, request in enumerate(requests)
         ]
