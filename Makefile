@@ -58,6 +58,16 @@ $(LLAMA)/.installed:
 	CMAKE_ARGS="$(LLAMA_CPU)" $(LLAMA)/bin/pip install -q 'llama-cpp-python[server]==0.3.36'
 	touch $@
 
+# llama.cpp's own server has the parallel slots that the Python one lacks; its source is in the same archive.
+$(LLAMA)/bin/llama-server: $(LLAMA)/.installed
+	rm -rf $(LLAMA)/source && mkdir $(LLAMA)/source
+	$(BIN)/pip download -q --no-deps --no-binary llama-cpp-python -d $(LLAMA)/source llama-cpp-python==0.3.36
+	tar xzf $(LLAMA)/source/llama_cpp_python-0.3.36.tar.gz -C $(LLAMA)/source --strip-components 3 --wildcards '*/vendor/llama.cpp'
+	cmake -S $(LLAMA)/source -B $(LLAMA)/source/build -DCMAKE_BUILD_TYPE=Release $(LLAMA_CPU) -DBUILD_SHARED_LIBS=OFF \
+	  -DLLAMA_OPENSSL=OFF -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF
+	cmake --build $(LLAMA)/source/build --target llama-server -j $$(nproc)
+	cp $(LLAMA)/source/build/bin/llama-server $@ && rm -rf $(LLAMA)/source
+
 test-slow: setup  ## the long proofs
 	$(BIN)/python -m pytest -m slow --timeout=3600
 
@@ -86,11 +96,11 @@ bench-measure: setup  ## building and measuring candidates
 bench-search: setup  ## LINAS beside random search, NSGA-II and LINAS as published
 	$(BIN)/python benchmarks/search.py
 
-bench-serve: setup  ## the endpoint on the demo's package, beside the bare engine
-	$(BIN)/python benchmarks/serve.py $(DEMO)/package
+bench-serve: setup setup-vllm $(LLAMA)/bin/llama-server  ## the endpoint beside llama.cpp's server, vLLM's and the bare engine
+	$(BIN)/python benchmarks/serve.py
 
-soak-serve: setup  ## an hour of mixed load on the demo's package
-	$(BIN)/python benchmarks/soak_serve.py $(DEMO)/package
+soak-serve: setup  ## an hour of mixed load on the endpoint
+	$(BIN)/python benchmarks/soak_serve.py
 
 clean:  ## remove caches and built files; keeps environments and runs
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

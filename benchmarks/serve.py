@@ -19,11 +19,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from rivals import contenders, our_package
+from rivals import ROOT, contenders, our_package
 from serve_load import Server, machine_busy_seconds, running, stall, stream, together
+
 from serve.kvcache import KeyValueCache
 from serve.model import Model, cache_shape, open_session
 from serve.package import open_package
@@ -187,7 +185,9 @@ def _report(figures: dict[str, Figures], others: float, options: argparse.Namesp
     bounds = _bounds(figures)
     for bound in bounds:
         verdict = "met" if bound.met else "MISSED" if bound.value == bound.value else "NOT MEASURED"
-        print(f"{bound.name:32}{bound.value:8.3f} {'<=' if bound.at_most else '>='} {bound.bound:<6g}{verdict}")
+        print(
+            f"{bound.name:32}{bound.value:8.3f} {'<=' if bound.at_most else '>='} {bound.bound:<6g}{verdict}"
+        )
     entries = {b.name: {"value": _number(b.value), "bound": b.bound, "met": b.met} for b in bounds}
     print(json.dumps({"figures": medians, "bounds": entries, "rounds": options.rounds, "others": others}))
     return 0 if all(bound.met for bound in bounds) else 1
@@ -202,7 +202,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--cache", type=Path, default=ROOT / "runs" / "bench-serve", help="for the models")
     parser.add_argument("--only", action="append", help="a server to measure; default all")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--tokens", type=int, default=64, help="of the one stream; the eight get twice as many")
+    parser.add_argument(
+        "--tokens", type=int, default=64, help="of the one stream; the eight get twice as many"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()

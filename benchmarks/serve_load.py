@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-
 from rivals import ROOT, Contender
 
 START_SECONDS = 300
