@@ -11,7 +11,7 @@ PIP_ARGS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 test test-slow test-vllm demo bench%: export HF_HUB_OFFLINE = 1
 
-.PHONY: help setup setup-vllm setup-llama demo test test-slow test-vllm check format bench bench-evaluation bench-supernet bench-measure bench-search bench-serve soak-serve clean
+.PHONY: help setup setup-vllm setup-llama demo test test-slow test-vllm check format bench bench-evaluation bench-supernet bench-measure bench-search bench-formats bench-serve soak-serve clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 20
@@ -82,7 +82,7 @@ format: setup  ## let ruff format and fix
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: bench-evaluation bench-supernet bench-measure bench-search bench-serve  ## all benchmarks
+bench: bench-evaluation bench-supernet bench-measure bench-search bench-formats bench-serve  ## all benchmarks
 
 bench-evaluation: setup  ## our scorer beside lm-eval's own model
 	$(BIN)/python benchmarks/evaluation.py
@@ -95,6 +95,9 @@ bench-measure: setup  ## building and measuring candidates
 
 bench-search: setup  ## LINAS beside random search, NSGA-II and LINAS as published
 	$(BIN)/python benchmarks/search.py
+
+bench-formats: setup setup-vllm setup-llama  ## four formats of one sub-network, each in its own runtime
+	$(BIN)/python benchmarks/formats.py
 
 bench-serve: setup setup-vllm $(LLAMA)/bin/llama-server  ## the endpoint beside llama.cpp's server, vLLM's and the bare engine
 	$(BIN)/python benchmarks/serve.py

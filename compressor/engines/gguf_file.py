@@ -21,7 +21,7 @@ from gguf.quants import quantize
 
 from compressor import models
 from compressor.engines.gguf_vocabulary import vocabulary
-from compressor.engines.vllm_weights import Source
+from compressor.engines.source import Source
 from compressor.engines.whole import whole_file
 from compressor.errors import InputError
 from compressor.gguf_model import LAYER_NAMES, OUTER_NAMES
@@ -160,21 +160,20 @@ def _tensors(
 ) -> Iterator[_Tensor]:
     """The file's tensors in order, none of them read yet."""
     pairwise = ARCHITECTURES[str(config["model_type"])] == "llama"
-    present = set(source.names())
     if _rope(config).get("rope_type", "default") != "default":
         yield _rope_factors(config, shape)
     for theirs, ours in OUTER_NAMES.items():
         name = f"{ours}.weight"
         if theirs == "output" and shape.tie_word_embeddings:
             continue
-        yield _tensor(source, name, f"{theirs}.weight", source.shape(name), kind)
+        yield _tensor(source, name, f"{theirs}.weight", source.shape_of(name), kind)
     for position, (layer, width) in enumerate(zip(subnet.layers, subnet.widths, strict=True)):
         for theirs, ours in LAYER_NAMES.items():
             for suffix in ("weight", "bias"):
                 name = f"model.layers.{layer}.{ours}.{suffix}"
-                if name not in present:
+                if name not in source:
                     continue
-                kept = _kept(theirs, source.shape(name), width)
+                kept = _kept(theirs, source.shape_of(name), width)
                 heads = {"attn_q": shape.num_heads, "attn_k": shape.num_kv_heads}.get(theirs, 0)
                 target = f"blk.{position}.{theirs}.{suffix}"
                 yield _tensor(source, name, target, kept, kind, heads if pairwise else 0)

@@ -13,8 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from compressor.engines.source import Source
 from compressor.engines.vllm_package import COMPANIONS, WEIGHTS_NAME, package_config, read_config
-from compressor.engines.vllm_weights import Source, check_tensors, plan_tensors, write_tensors
+from compressor.engines.vllm_weights import check_tensors, plan_tensors, write_tensors
 from compressor.engines.whole import whole_folder
 from compressor.errors import InputError
 from compressor.space import SubNetwork

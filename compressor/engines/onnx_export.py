@@ -7,19 +7,15 @@ memory is one matrix, whatever the model's size, and a 135M model takes seconds.
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors import safe_open
 from transformers import AutoConfig, PretrainedConfig
 
-from compressor import models
 from compressor.engines.onnx_store import (
     INDEX_FILE,
     SOURCE_FOLDER,
@@ -31,6 +27,7 @@ from compressor.engines.onnx_store import (
     open_export,
 )
 from compressor.engines.quantize import quantize
+from compressor.engines.source import Source
 from compressor.errors import InputError
 from compressor.events import Listener, StageProgress, ignore
 from compressor.space import WIDTH_MULTIPLE, ModelShape
@@ -69,76 +66,48 @@ def export(
 
 
 def _write(source: Path, out: Path, bits: tuple[int, ...], weights_hash: str, listener: Listener) -> None:
-    shape = models.read_shape(models.resolve(str(source)))
+    weights = Source(source)
+    shape = weights.shape
     if shape.hidden_size % WIDTH_MULTIPLE:
         raise InputError(f"{source}: hidden size {shape.hidden_size} is no multiple of {WIDTH_MULTIPLE}")
     config = AutoConfig.from_pretrained(source)
-    weights = Checkpoint(source)
     with TensorFile(out / WEIGHTS_FILE) as file:
         inverse_frequencies, rope_scale = _rope(config)
         file.add("inverse_frequencies", inverse_frequencies)
-        file.add("norm", _float(weights["model.norm.weight"]))
+        file.add("norm", _float(weights.read("model.norm.weight")))
         for layer in range(shape.num_layers):
             _add_layer(file, weights, layer, shape, bits)
             listener(StageProgress(STAGE, layer + 1, shape.num_layers + 1))
         tied = shape.tie_word_embeddings
-        _add_matrix(file, "head", weights["model.embed_tokens.weight" if tied else "lm_head.weight"], bits)
+        _add_matrix(
+            file, "head", weights.read("model.embed_tokens.weight" if tied else "lm_head.weight"), bits
+        )
         if not tied:
-            _add_matrix(file, "embed", weights["model.embed_tokens.weight"], bits)
+            _add_matrix(file, "embed", weights.read("model.embed_tokens.weight"), bits)
         listener(StageProgress(STAGE, shape.num_layers + 1, shape.num_layers + 1))
     _copy_source(source, out / SOURCE_FOLDER)
     Export(out, shape, _constants(config, rope_scale), file.table, bits, weights_hash).save()
 
 
-class Checkpoint:
-    """The tensors of a Hugging Face folder by name, read one at a time. Raises ``InputError``."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        index = folder / "model.safetensors.index.json"
-        if index.is_file():
-            self._files = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-        else:
-            with self._open("model.safetensors") as file:
-                self._files = dict.fromkeys(file.keys(), "model.safetensors")
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._files
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        if name not in self._files:
-            raise InputError(f"{self._folder} lacks the tensor {name}: it is incomplete, fetch it again")
-        with self._open(self._files[name]) as file:
-            tensor: torch.Tensor = file.get_tensor(name)
-        return tensor
-
-    def _open(self, name: str) -> Any:
-        path = self._folder / name
-        try:
-            return safe_open(path, framework="pt")
-        except Exception as error:
-            raise InputError(f"{path} is missing or cut short ({error}): fetch the model again") from None
-
-
 def _add_layer(
-    file: TensorFile, weights: Checkpoint, layer: int, shape: ModelShape, bits: tuple[int, ...]
+    file: TensorFile, weights: Source, layer: int, shape: ModelShape, bits: tuple[int, ...]
 ) -> None:
     source, target = f"model.layers.{layer}.", f"layers.{layer}."
-    file.add(f"{target}input_norm", _float(weights[f"{source}input_layernorm.weight"]))
-    file.add(f"{target}post_norm", _float(weights[f"{source}post_attention_layernorm.weight"]))
+    file.add(f"{target}input_norm", _float(weights.read(f"{source}input_layernorm.weight")))
+    file.add(f"{target}post_norm", _float(weights.read(f"{source}post_attention_layernorm.weight")))
     if shape.qk_norm:
         for head in ("q", "k"):
-            file.add(f"{target}{head}_norm", _float(weights[f"{source}self_attn.{head}_norm.weight"]))
+            file.add(f"{target}{head}_norm", _float(weights.read(f"{source}self_attn.{head}_norm.weight")))
     attention = [f"{source}self_attn.{part}_proj" for part in ("q", "k", "v")]
-    _add_matrix(file, f"{target}qkv", torch.cat([weights[f"{name}.weight"] for name in attention]), bits)
+    _add_matrix(file, f"{target}qkv", torch.cat([weights.read(f"{name}.weight") for name in attention]), bits)
     if shape.qkv_bias:
-        biases = [_float(weights[f"{name}.bias"]) for name in attention]
+        biases = [_float(weights.read(f"{name}.bias")) for name in attention]
         file.add(f"{target}qkv_bias", np.concatenate(biases))
     rest = {"o": "self_attn.o_proj", "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"}
     for name, module in rest.items():
-        _add_matrix(file, f"{target}{name}", weights[f"{source}{module}.weight"], bits)
+        _add_matrix(file, f"{target}{name}", weights.read(f"{source}{module}.weight"), bits)
         if f"{source}{module}.bias" in weights:
-            file.add(f"{target}{name}_bias", _float(weights[f"{source}{module}.bias"]))
+            file.add(f"{target}{name}_bias", _float(weights.read(f"{source}{module}.bias")))
 
 
 def _add_matrix(file: TensorFile, name: str, weight: torch.Tensor, bits: tuple[int, ...]) -> None:

@@ -18,9 +18,9 @@ import torch
 
 from compressor import __version__
 from compressor.engines.model_card import write_model_card
+from compressor.engines.source import Source
 from compressor.engines.vllm_weights import (
     FLOAT_TYPES,
-    Source,
     VllmNumerics,
     check_tensors,
     plan_tensors,

@@ -9,15 +9,16 @@ from __future__ import annotations
 import json
 import os
 import re
+import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
+from compressor.engines.source import Source
 from compressor.errors import InputError, PackageError
 from compressor.space import SubNetwork
 
@@ -50,34 +51,6 @@ class Entry:
         return int(torch.Size(self.shape).numel())
 
 
-class Source:
-    """The tensors of a Hugging Face folder, read one at a time from its safetensors files."""
-
-    def __init__(self, folder: Path) -> None:
-        """Raises ``InputError`` for a folder without weights or with a damaged file."""
-        self._files: dict[str, Any] = {}
-        for path in sorted(folder.glob("*.safetensors")):
-            try:
-                stream: Any = safe_open(path, framework="pt")
-            except Exception as error:
-                raise InputError(f"{path} is damaged ({error}): copy the model folder again") from None
-            self._files.update(dict.fromkeys(stream.keys(), stream))
-        if not self._files:
-            raise InputError(f"{folder} holds no weights (*.safetensors): copy the model folder again")
-
-    def names(self) -> list[str]:
-        return sorted(self._files)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._files[name].get_slice(name).get_shape())
-
-    def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """The leading part of a tensor, of the given shape."""
-        part = self._files[name].get_slice(name)
-        tensor: Tensor = part[: shape[0]] if len(shape) == 1 else part[: shape[0], : shape[1]]
-        return tensor
-
-
 def plan_tensors(
     source: Source, subnet: SubNetwork, numerics: VllmNumerics, tied: bool, pad_to: int = 0
 ) -> list[Entry]:
@@ -95,7 +68,7 @@ def plan_tensors(
         found = _LAYER.fullmatch(name)
         if found is None:
             if not (tied and name == "lm_head.weight"):
-                entries.append(_plain(source, name, name, source.shape(name), FLOAT_TYPES[numerics]))
+                entries.append(_plain(source, name, name, source.shape_of(name), FLOAT_TYPES[numerics]))
         elif (layer := int(found[1])) in position:
             new = position[layer]
             width = subnet.widths[new]
@@ -132,10 +105,11 @@ def write_tensors(entries: Sequence[Entry], path: Path) -> None:
 
 def check_tensors(entries: Sequence[Entry], path: Path) -> None:
     """Read a file back and compare each tensor. Raises ``PackageError`` naming the first that differs."""
-    with safe_open(path, framework="pt") as stream:
-        names = set(stream.keys())
+    with path.open("rb") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        header = json.loads(stream.read(length))
         for entry in entries:
-            if entry.name not in names or not torch.equal(stream.get_tensor(entry.name), entry.make()):
+            if header.get(entry.name) is None or stream.read(entry.nbytes) != _raw(entry):
                 raise PackageError(
                     f"{path}: {entry.name} was not written as meant: check the disk, try again"
                 )
@@ -156,7 +130,7 @@ def _of_layer(
     source: Source, name: str, target: str, width: int, padded: int, numerics: VllmNumerics
 ) -> list[Entry]:
     """A decoder layer's tensor: sliced to ``width`` neurons, padded with zeros, quantized if a matrix."""
-    shape = source.shape(name)
+    shape = source.shape_of(name)
     rest = target.split(".", 3)[3]
     kept, full = shape, shape
     if rest.startswith(_WIDE_ROWS):

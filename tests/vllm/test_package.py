@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from compressor.engines.source import Source
 from compressor.engines.vllm_package import package_config, write_package
 from compressor.engines.vllm_weights import (
-    Source,
     channel_scales,
     check_tensors,
     plan_tensors,
