@@ -53,7 +53,7 @@ class Speed(_Record):
 
 
 class BudgetVerdict(_Record):
-    """One budget of the profile against the measured (or, for memory, computed) figure."""
+    """One budget of the profile against the figure measured for the sub-network that ships."""
 
     name: Literal["memory_gib", "ttft_ms", "tpot_ms"]
     limit: float

@@ -2,8 +2,9 @@
 
 What ONNX Runtime 1.32 holds, read from a process's memory map and checked in tests: every matrix
 packed anew, with one fp32 sum a block and its scale in fp32; the embedding a second time, in place in
-the mapped file; the rotary tables; and for its arena about ``_ARENA_SLACK`` times the widest moment of
-a layer, over all prompt tokens at once. What Python and ONNX Runtime's own code take is not counted.
+the mapped file; the rotary tables; the session's own, a share of it for each layer's nodes; and for its
+arena a little more than the widest moment of a layer, over all prompt tokens at once, with holes where
+widths differ. What Python takes is not counted.
 """
 
 from __future__ import annotations
@@ -26,9 +27,11 @@ from compressor.space import (
 
 _PACKING_BYTES = 4 + (4 - SCALE_BYTES)
 """Of a block: its sum, and what its scale grows by."""
-_ARENA_SLACK = 1.2
-_SESSION_BYTES = 20 * 2**20
-"""The graph, kernels and threads of a session, and the least that its arena takes."""
+_ARENA_SLACK, _ARENA_HOLES = 1.05, 0.6
+"""The arena over the widest moment of a layer: with one width, and what many widths add at most."""
+
+_SESSION_BYTES, _LAYER_BYTES = 12 * 2**20, 460 * 2**10
+"""Kernels and threads of a session, and what each layer's nodes take in it."""
 
 
 def required_memory_bytes(
@@ -95,11 +98,13 @@ def _embedding_bytes(shape: ModelShape, numerics: Numerics) -> int:
 
 
 def _activation_bytes(shape: ModelShape, subnet: SubNetwork, workload: Workload, element: int) -> int:
+    slack = _ARENA_SLACK + _ARENA_HOLES * (1 - 1 / max(1, len(set(subnet.widths))))
+    session = _SESSION_BYTES + _LAYER_BYTES * len(subnet.layers)
     attention = 2 * (shape.q_size + 2 * shape.kv_size)
     per_token = 4 * shape.hidden_size + 6 * max(subnet.widths, default=0) + attention
     tokens = workload.prompt_tokens * workload.concurrency
     logits = 2 * workload.concurrency * shape.vocab_size
-    return _SESSION_BYTES + int(_ARENA_SLACK * element * (tokens * per_token + logits))
+    return session + int(slack * element * (tokens * per_token + logits))
 
 
 def _give_back_freed() -> None:

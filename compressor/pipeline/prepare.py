@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from compressor import models
+from compressor.compute import fastest_cpu_dtype
 from compressor.engines.onnx_export import export
 from compressor.evaluation.agreement import AgreementText, torch_predict
 from compressor.events import StageProgress
@@ -59,9 +60,15 @@ def prepare(context: Context, plan: Plan) -> tuple[SupernetInfo, SearchSpace]:
     return info, space
 
 
-def load_base(context: Context) -> LoadedModel:
+def load_base(context: Context, dtype: torch.dtype = torch.bfloat16) -> LoadedModel:
     """The unpruned model from the run's own copy."""
-    return models.load(models.resolve(str(context.folder.base)))
+    return models.load(models.resolve(str(context.folder.base)), dtype)
+
+
+def compute_dtype(context: Context) -> torch.dtype:
+    """What this run writes text, tunes and scores in: decided once, so that a resumed run does the same."""
+    dtype: torch.dtype = getattr(torch, str(context.folder.result("base").get("compute", "bfloat16")))
+    return dtype
 
 
 def _base_stage(context: Context, plan: Plan) -> Result:
@@ -70,7 +77,8 @@ def _base_stage(context: Context, plan: Plan) -> Result:
 
     def work() -> Result:
         replace_folder(context.folder.base, fill)
-        return {"weights": weights_hash(context.folder.base)}
+        compute = str(fastest_cpu_dtype()).removeprefix("torch.")
+        return {"weights": weights_hash(context.folder.base), "compute": compute}
 
     return run_stage(context, "base", "Loading the model", asdict(plan.source), work)
 
@@ -89,7 +97,7 @@ def _text_stage(context: Context, base: Result) -> Result:
         context.listener(StageProgress("text", done, total))
 
     def work() -> Result:
-        loaded = load_base(context)
+        loaded = load_base(context, compute_dtype(context))
         sequences = effort.text_sequences + effort.score_sequences
         ids = sample_text(
             loaded.model,
@@ -110,7 +118,7 @@ def _text_stage(context: Context, base: Result) -> Result:
 
 def _tune(context: Context, plan: Plan) -> Result:
     effort, seed = context.request.effort, context.request.seed
-    loaded = load_base(context)
+    loaded = load_base(context, compute_dtype(context))
     with np.load(_training_text(context)) as data:
         text = torch.from_numpy(data["ids"].astype(np.int64))
     context.say("ranking neurons and layers on text of the unpruned model")
@@ -139,6 +147,7 @@ def _tune(context: Context, plan: Plan) -> Result:
 
     def save(path: Path) -> None:
         path.mkdir(parents=True)
+        loaded.model.to(torch.bfloat16)
         save_supernet(loaded.model, loaded.tokenizer, importance.drop_order, importance.ordering, path)
 
     replace_folder(context.folder.supernet, save)

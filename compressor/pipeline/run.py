@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
+import torch
 from pydantic import TypeAdapter, ValidationError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -26,7 +27,7 @@ from compressor.pipeline.candidates import Evaluator, Terms, known_outcomes
 from compressor.pipeline.context import Context, Result, logged, run_stage
 from compressor.pipeline.deliver import package
 from compressor.pipeline.plan import Plan, make_plan
-from compressor.pipeline.prepare import base_export, load_base, prepare, supernet_export
+from compressor.pipeline.prepare import base_export, compute_dtype, load_base, prepare, supernet_export
 from compressor.pipeline.references import ReferenceSet
 from compressor.pipeline.report_data import collect
 from compressor.pipeline.searching import make_problem, search
@@ -55,7 +56,7 @@ class Workshop:
 
     @cached_property
     def supernet(self) -> Elastic:
-        model, _, _ = load_supernet(self.context.folder.supernet)
+        model, _, _ = load_supernet(self.context.folder.supernet, compute_dtype(self.context))
         return Elastic(model)
 
     @cached_property
@@ -78,7 +79,7 @@ class Workshop:
             shape=self.plan.shape,
             weights=self.info.weights_hash,
             task_key=self.task.key("search"),
-            score_numerics="bf16",
+            score_numerics="fp32" if compute_dtype(self.context) == torch.float32 else "bf16",
             numerics=profile.numerics,
             device=self.context.machine.cpu_label,
             engine=profile.engine,

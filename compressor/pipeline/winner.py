@@ -46,6 +46,7 @@ def decide(
 ) -> tuple[Finalist, Choice]:
     """The winner by rule. One whose figures break a budget when measured again gives way to the next.
 
+    Memory is computed until then: by how much its measured peak is over that, the others' are taken to be.
     If nothing meets the budgets the nearest is returned, marked as such.
     """
     current = list(outcomes)
@@ -58,6 +59,18 @@ def decide(
         digest = finalist.subnet.digest
         context.warn(f"{digest} breaks a budget when measured again: taking the next best")
         current = [finalist.outcome if o.subnet == finalist.subnet else o for o in current]
+        current = _with_measured_memory(current, terms, finalist)
+
+
+def _with_measured_memory(outcomes: Sequence[Outcome], terms: Terms, finalist: Finalist) -> list[Outcome]:
+    """Outcomes with memory at least as far over the computed figure as the finalist's measured peak is."""
+    over = finalist.outcome.values["memory_bytes"] / terms.memory_bytes(finalist.subnet)
+
+    def raised(outcome: Outcome) -> Outcome:
+        memory = max(outcome.values["memory_bytes"], over * terms.memory_bytes(outcome.subnet))
+        return replace(outcome, values={**outcome.values, "memory_bytes": memory})
+
+    return [raised(outcome) for outcome in outcomes]
 
 
 def finish(
@@ -66,7 +79,8 @@ def finish(
     """The sub-network measured again, longer and in a process of its own, and scored as it ships."""
     limits = budget_limits(context.request.profile)
     speed = _measured_again(context, terms, engine, outcome.subnet)
-    again = replace(outcome, values={**outcome.values, **speed.metrics()})
+    memory = {"memory_bytes": float(speed.peak_memory_bytes)}
+    again = replace(outcome, values={**outcome.values, **speed.metrics(), **memory})
     within = all(again.values[name] <= limit for name, limit in limits.items())
     return _finalist(context, terms, engine, task, again, speed, within)
 
