@@ -33,10 +33,10 @@ PRESETS = {
     "quick": Effort(
         evaluations=36,
         tuning_minutes=4.5,
-        tuning_steps=240,
+        tuning_steps=480,
         tuning_batch=4,
-        text_sequences=192,
-        score_sequences=32,
+        text_sequences=320,
+        score_sequences=64,
         sequence_length=160,
         bench_seconds=2.0,
     ),

@@ -30,7 +30,7 @@ _PACKING_BYTES = 4 + (4 - SCALE_BYTES)
 _ARENA_SLACK, _ARENA_HOLES = 1.05, 0.6
 """The arena over the widest moment of a layer: with one width, and what many widths add at most."""
 
-_SESSION_BYTES, _LAYER_BYTES = 12 * 2**20, 460 * 2**10
+_SESSION_BYTES, _LAYER_BYTES = 14 * 2**20, 460 * 2**10
 """Kernels and threads of a session, and what each layer's nodes take in it."""
 
 

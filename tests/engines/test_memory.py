@@ -26,9 +26,10 @@ from compressor.engines.onnxruntime import OnnxRuntimeEngine
 from compressor.profile import Workload
 from compressor.space import SubNetwork
 
-folder, layers, width, prompt, output, concurrency = Path(sys.argv[1]), *map(int, sys.argv[2:])
+folder, layers, narrow, wide, prompt, output, concurrency = Path(sys.argv[1]), *map(int, sys.argv[2:])
 engine = OnnxRuntimeEngine(folder, threads=2)
-subnet = SubNetwork(tuple(range(layers)), (width,) * layers)
+widths = (narrow, (narrow + wide) // 2, wide)
+subnet = SubNetwork(tuple(range(layers)), tuple(widths[i % 3] for i in range(layers)))
 workload = Workload(prompt_tokens=prompt, output_tokens=output, concurrency=concurrency)
 before = resident_bytes()
 runner = engine.runner(engine.build(subnet), workload)
@@ -83,17 +84,18 @@ def starter_export(starter: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 @pytest.mark.parametrize(
-    ("layers", "width", "prompt", "output", "concurrency"), [(30, 1536, 128, 16, 1), (20, 768, 256, 8, 2)]
+    ("layers", "narrow", "wide", "prompt", "output", "concurrency"),
+    [(30, 1536, 1536, 128, 16, 1), (20, 768, 768, 256, 8, 2), (24, 768, 1536, 256, 8, 2)],
 )
-def test_the_estimate_is_within_a_tenth_of_the_measured_peak(
-    starter_export: Path, layers: int, width: int, prompt: int, output: int, concurrency: int
+def test_the_estimate_is_close_to_the_measured_peak(
+    starter_export: Path, layers: int, narrow: int, wide: int, prompt: int, output: int, concurrency: int
 ) -> None:
-    arguments = [str(starter_export), *map(str, (layers, width, prompt, output, concurrency))]
+    arguments = [str(starter_export), *map(str, (layers, narrow, wide, prompt, output, concurrency))]
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, *arguments], check=True, capture_output=True, text=True
     )
     measured, estimated = json.loads(done.stdout)
-    assert estimated == pytest.approx(measured, rel=0.1)
+    assert estimated == pytest.approx(measured, rel=0.05)
 
 
 def test_a_second_candidate_is_charged_what_the_first_was(starter_export: Path) -> None:
