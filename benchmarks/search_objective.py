@@ -32,7 +32,7 @@ def prepare(folder: Path, model: str, sequences: int, length: int) -> None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     loaded = models.load(models.resolve(model))
-    ids = sample_text(loaded.model, loaded.tokenizer, CALIBRATION_SEQUENCES + 2 * sequences, length)
+    ids = sample_text(loaded.model, loaded.tokenizer, CALIBRATION_SEQUENCES + 2 * sequences, length).ids
     AgreementText.build(ids[CALIBRATION_SEQUENCES:], torch_predict(loaded.model)).save(text)
     importance = rank(loaded.model, [ids[:CALIBRATION_SEQUENCES]])
     sort_neurons(loaded.model, importance)

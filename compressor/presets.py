@@ -31,12 +31,12 @@ class Effort:
 
 PRESETS = {
     "quick": Effort(
-        evaluations=36,
+        evaluations=32,
         tuning_minutes=4.5,
         tuning_steps=480,
         tuning_batch=4,
-        text_sequences=320,
-        score_sequences=64,
+        text_sequences=224,
+        score_sequences=48,
         sequence_length=160,
         bench_seconds=2.0,
     ),

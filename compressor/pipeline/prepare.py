@@ -27,6 +27,7 @@ from compressor.supernet.finetune import FinetuneConfig, discard_checkpoint, fin
 from compressor.supernet.folder import SupernetInfo, read_info, save_supernet, weights_hash
 from compressor.supernet.importance import Importance, rank, sort_neurons
 from compressor.supernet.sampling import sample_text
+from compressor.supernet.targets import Targets
 
 NEURON_SEQUENCES = 32
 LAYER_SEQUENCES = 8
@@ -99,18 +100,21 @@ def _text_stage(context: Context, base: Result) -> Result:
     def work() -> Result:
         loaded = load_base(context, compute_dtype(context))
         sequences = effort.text_sequences + effort.score_sequences
-        ids = sample_text(
+        sampled = sample_text(
             loaded.model,
             loaded.tokenizer,
             sequences,
             effort.sequence_length,
             context.request.seed,
             progress,
-        ).numpy()
+        )
+        ids = sampled.ids.numpy()
         scored = ids[effort.text_sequences :][mixed_rows(effort.score_sequences)]
         text = AgreementText.build(scored, torch_predict(loaded.model), context.request.seed)
         text.save(context.folder.text)
         np.savez_compressed(_training_text(context), ids=ids[: effort.text_sequences].astype(np.int32))
+        if not context.request.train_data:
+            sampled.targets.first(effort.text_sequences).save(_training_targets(context))
         return {"digest": text.digest}
 
     return run_stage(context, "text", "Writing text with the unpruned model", inputs, work, total, "tokens")
@@ -143,6 +147,7 @@ def _tune(context: Context, plan: Plan) -> Result:
         context.listener,
         context.ledger.record_curve,
         context.folder.checkpoints,
+        Targets.load(_training_targets(context)) if data_free else None,
     )
 
     def save(path: Path) -> None:
@@ -152,6 +157,7 @@ def _tune(context: Context, plan: Plan) -> Result:
 
     replace_folder(context.folder.supernet, save)
     discard_checkpoint(context.folder.checkpoints)
+    _training_targets(context).unlink(missing_ok=True)
     return {"weights": read_info(context.folder.supernet).weights_hash, **asdict(result)}
 
 
@@ -207,3 +213,8 @@ def base_export(context: Context) -> Path:
 
 def _training_text(context: Context) -> Path:
     return context.folder.path / "training-text.npz"
+
+
+def _training_targets(context: Context) -> Path:
+    """What the unpruned model thought while it wrote the training text; gone once that is tuned on."""
+    return context.folder.path / "training-targets.pt"

@@ -32,6 +32,7 @@ from compressor.supernet.objective import Objective
 from compressor.supernet.optimizer import MasterAdamW, warmup_cosine
 from compressor.supernet.processes import join_processes
 from compressor.supernet.subnet_sampling import networks_of_step
+from compressor.supernet.targets import Targets
 
 __all__ = ["Examples", "FinetuneConfig", "FinetuneResult", "discard_checkpoint", "finetune"]
 
@@ -49,8 +50,11 @@ def finetune(
     listener: Listener = ignore,
     on_curve: CurveListener | None = None,
     folder: Path | None = None,
+    original: Targets | None = None,
 ) -> FinetuneResult:
     """Tune the super-network in place; ``folder`` keeps a checkpoint from which a killed run resumes.
+
+    ``original`` is what the frozen original says about the examples, where that is known already.
 
     ``on_curve(curve, step, loss)`` gets losses under ``super``, ``sub`` and ``held-out``. Raises
     ``TrainingError`` on a loss that is not finite (the model then holds the last good weights) or a
@@ -58,7 +62,7 @@ def finetune(
     """
     if isinstance(examples, Tensor):
         examples = Examples.of_text(examples)
-    tuning = _Tuning(elastic, space, examples, config, folder)
+    tuning = _Tuning(elastic, space, examples, config, folder, original)
     try:
         return tuning.run(listener, on_curve or (lambda *_: None))
     finally:
@@ -75,6 +79,7 @@ class _Tuning:
         examples: Examples,
         config: FinetuneConfig,
         folder: Path | None,
+        original: Targets | None,
     ) -> None:
         started = time.monotonic()
         self.elastic, self.space, self.config, self.folder = elastic, space, config, folder
@@ -96,7 +101,9 @@ class _Tuning:
         self.processes = join_processes()
         if config.batch < self.processes.count:
             raise InputError(f"a batch of {config.batch} is too small for {self.processes.count} processes")
-        self.objective = Objective(elastic, space, examples, config, self.identity, folder, self.processes)
+        self.objective = Objective(
+            elastic, space, examples, config, self.identity, folder, self.processes, original
+        )
         self.elapsed_s = time.monotonic() - started
         self._resume()
 

@@ -29,12 +29,15 @@ class Objective:
         identity: str,
         folder: Path | None,
         processes: Processes,
+        original: Targets | None = None,
     ) -> None:
         self._processes = processes
         self._elastic, self._space, self._examples, self._config = elastic, space, examples, config
         self._model: Any = elastic.model
         self._targets: Targets | None = None
         if config.distils and config.teacher == "original":
+            self._targets = original
+        if config.distils and config.teacher == "original" and original is None:
             kept_in = folder if processes.rank == 0 else None
             self._targets = load_or_compute(self._model, examples.ids, config.batch, identity, kept_in)
 

@@ -7,11 +7,14 @@ the last position only. On CPUs this is several times faster than ``generate``.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import LongTensor, Tensor
+from torch import Tensor
+
+from compressor.supernet.targets import LIKELY, Targets
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -25,6 +28,14 @@ COMMON_TOKENS = 8192
 """Byte-pair vocabularies are in order of frequency: openings are drawn from this many first tokens."""
 
 
+@dataclass(frozen=True)
+class SampledText:
+    """``ids`` (sequences, length), and what the model thought at every position but the last."""
+
+    ids: Tensor
+    targets: Targets
+
+
 def sample_text(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -33,8 +44,8 @@ def sample_text(
     seed: int = 0,
     progress: Progress | None = None,
     temperature: float = TEMPERATURE,
-) -> LongTensor:
-    """Token ids (sequences, length), each sequence opened by a random word and continued by the model.
+) -> SampledText:
+    """Sequences of ``length`` tokens, each opened by a random word and continued by the model.
 
     Every second one is a chat if the tokenizer has a chat template: the model then writes the question
     as well as the answer. ``progress(done, total)`` counts tokens. Same seed, same machine, same text.
@@ -50,7 +61,8 @@ def sample_text(
                 progress(start * length + position * rows, sequences * length)
 
         batches.append(_continue(model, batch, length, temperature, generator, tick))
-    return torch.cat(batches)  # type: ignore[return-value]
+    ids, states, likely = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    return SampledText(ids, Targets(states, likely))
 
 
 def _openings(tokenizer: Any, count: int, generator: torch.Generator) -> list[list[int]]:
@@ -88,21 +100,28 @@ def _continue(
     temperature: float,
     generator: torch.Generator,
     tick: Callable[[int], None],
-) -> Tensor:
-    """Openings continued to (batch, length); where one is not over yet, its own token is taken."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Openings continued to (batch, length); where one is not over yet, its own token is taken.
+
+    Beside the ids, the states before the head and the likeliest tokens of every position but the last.
+    """
     ids = torch.full((len(openings), length), -1)
     for row, opening in zip(ids, openings, strict=True):
         row[: len(opening)] = torch.tensor(opening[:length])
     decoder = CachedDecoder(model, len(openings), length)
+    states = torch.empty(len(openings), length - 1, model.config.hidden_size, dtype=model.dtype)
+    likely = torch.empty(len(openings), length - 1, min(LIKELY, model.config.vocab_size), dtype=torch.int32)
     for position in range(length - 1):
         logits = decoder(ids[:, position : position + 1].to(model.device))
         best, candidates = (part.cpu() for part in logits.topk(min(TOP_K, logits.shape[-1]), dim=-1))
+        states[:, position] = decoder.state
+        likely[:, position] = candidates[:, : likely.shape[2]]
         chances = F.softmax(best.float() / temperature, dim=-1)
         choice = torch.multinomial(chances, 1, generator=generator)
         given = ids[:, position + 1]
         ids[:, position + 1] = torch.where(given < 0, candidates.gather(1, choice)[:, 0], given)
         tick(position + 2)
-    return ids
+    return ids, states, likely
 
 
 class CachedDecoder:
@@ -118,6 +137,8 @@ class CachedDecoder:
         self._cache = torch.zeros(shape, dtype=model.dtype, device=model.device)
         positions = torch.arange(length, device=model.device)[None]
         self._cos, self._sin = model.model.rotary_emb(self._cache, positions)
+        self.state = torch.empty(batch, model.config.hidden_size)
+        """Before the head, after the last token (batch, hidden)."""
 
     def __call__(self, ids: Tensor) -> Tensor:
         """Append ids (batch, t) to the sequences; logits (batch, vocabulary) after the last one."""
@@ -127,7 +148,8 @@ class CachedDecoder:
             hidden = hidden + self._attend(layer.self_attn, layer.input_layernorm(hidden), cache)
             hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
         self.filled += ids.shape[1]
-        logits: Tensor = self.model.lm_head(body.norm(hidden[:, -1]))
+        self.state = body.norm(hidden[:, -1])
+        logits: Tensor = self.model.lm_head(self.state)
         return logits
 
     def _attend(self, attention: Any, hidden: Tensor, cache: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -35,6 +35,22 @@ class Targets:
         found: Tensor = torch.unique(self.likely[rows])
         return found.long()
 
+    def first(self, count: int) -> Targets:
+        """Those of the first examples, in memory of their own."""
+        return Targets(self.states[:count].clone(), self.likely[:count].clone())
+
+    def save(self, path: Path) -> None:
+        """Write a file that ``load`` reads, whole or not at all. Raises ``TrainingError`` on a full disk."""
+        _write(path, {"states": self.states, "likely": self.likely})
+
+    @classmethod
+    def load(cls, path: Path) -> Targets | None:
+        """What ``save`` wrote; none if nothing is there."""
+        if not path.is_file():
+            return None
+        kept = torch.load(path, weights_only=True)
+        return cls(kept["states"], kept["likely"])
+
 
 def load_or_compute(
     model: PreTrainedModel, ids: Tensor, batch: int, identity: str, folder: Path | None
@@ -47,14 +63,7 @@ def load_or_compute(
             return Targets(kept["states"], kept["likely"])
     targets = compute(model, ids, batch)
     if path is not None:
-        scratch = path.with_suffix(".tmp")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.save({"identity": identity, "states": targets.states, "likely": targets.likely}, scratch)
-        except (OSError, RuntimeError) as error:
-            scratch.unlink(missing_ok=True)
-            raise TrainingError(f"cannot write {path} ({error}): free disk space and resume") from error
-        scratch.replace(path)
+        _write(path, {"identity": identity, "states": targets.states, "likely": targets.likely})
     return targets
 
 
@@ -75,3 +84,14 @@ def final_states(model: PreTrainedModel, ids: Tensor) -> Tensor:
     output = model.model(ids.to(model.device), use_cache=False)
     states: Tensor = output.last_hidden_state[:, :-1]
     return states
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    scratch = path.with_suffix(".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(content, scratch)
+    except (OSError, RuntimeError) as error:
+        scratch.unlink(missing_ok=True)
+        raise TrainingError(f"cannot write {path} ({error}): free disk space and resume") from error
+    scratch.replace(path)

@@ -11,6 +11,7 @@ from compressor import models
 from compressor.space import SubNetwork
 from compressor.supernet.elastic import Elastic
 from compressor.supernet.sampling import CachedDecoder, sample_text
+from compressor.supernet.targets import compute
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,24 +34,32 @@ def test_the_decoder_follows_an_active_sub_network(model: PreTrainedModel, ids: 
 
 
 def test_the_same_seed_gives_the_same_text(tiny: models.LoadedModel) -> None:
-    first = sample_text(tiny.model, tiny.tokenizer, 6, 24, seed=3)
+    first = sample_text(tiny.model, tiny.tokenizer, 6, 24, seed=3).ids
     assert first.shape == (6, 24)
-    assert torch.equal(first, sample_text(tiny.model, tiny.tokenizer, 6, 24, seed=3))
-    assert not torch.equal(first, sample_text(tiny.model, tiny.tokenizer, 6, 24, seed=4))
+    assert torch.equal(first, sample_text(tiny.model, tiny.tokenizer, 6, 24, seed=3).ids)
+    assert not torch.equal(first, sample_text(tiny.model, tiny.tokenizer, 6, 24, seed=4).ids)
     assert first.min() >= 0
 
 
 def test_every_second_text_is_a_chat_turn(tiny: models.LoadedModel) -> None:
-    texts = sample_text(tiny.model, tiny.tokenizer, 4, 24)
+    texts = sample_text(tiny.model, tiny.tokenizer, 4, 24).ids
     user = [tiny.tokenizer.decode(row).startswith("<|im_end|>\n<|im_start|>user\n") for row in texts]
     assert user == [False, True, False, True]
 
 
 def test_cold_text_is_what_the_model_finds_likeliest(tiny: models.LoadedModel) -> None:
-    texts = sample_text(tiny.model, tiny.tokenizer, 2, 16, temperature=1e-4)
+    texts = sample_text(tiny.model, tiny.tokenizer, 2, 16, temperature=1e-4).ids
     with torch.no_grad():
         likeliest = tiny.model(texts).logits.argmax(-1)
     assert torch.equal(texts[0, 4:], likeliest[0, 3:-1])
+
+
+def test_the_targets_are_what_a_pass_over_the_text_gives(tiny: models.LoadedModel) -> None:
+    sampled = sample_text(tiny.model, tiny.tokenizer, 4, 24)
+    wanted = compute(tiny.model, sampled.ids, 4)
+    assert torch.allclose(sampled.targets.states, wanted.states, atol=1e-4)
+    same = sampled.targets.likely.sort(-1).values == wanted.likely.sort(-1).values
+    assert same.float().mean() > 0.99
 
 
 def test_progress_ends_at_the_total(tiny: models.LoadedModel) -> None:
