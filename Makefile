@@ -4,6 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 VLLM   := .venv-vllm
 LLAMA  := .venv-llama
+OPTIMUM := .venv-optimum
 DEMO   ?= runs/demo
 # Extra pip options, e.g. PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu" on a CPU box.
 PIP_ARGS ?=
@@ -11,7 +12,7 @@ PIP_ARGS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 test test-slow test-vllm demo bench%: export HF_HUB_OFFLINE = 1
 
-.PHONY: help setup setup-vllm setup-llama demo test test-slow test-vllm check format bench bench-evaluation bench-supernet bench-measure bench-search bench-formats bench-serve soak-serve clean
+.PHONY: help setup setup-vllm setup-llama setup-optimum demo test test-slow test-vllm test-optimum check format bench bench-evaluation bench-supernet bench-measure bench-search bench-formats bench-serve soak-serve clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 20
@@ -45,6 +46,18 @@ $(VLLM)/.installed: pyproject.toml constraints-vllm.txt
 
 test-vllm: setup-vllm  ## the vLLM tests, in their own environment
 	$(VLLM)/bin/python -m pytest -m vllm tests/vllm
+
+setup-optimum: $(OPTIMUM)/.installed  ## install optimum's ONNX exporter into .venv-optimum
+
+$(OPTIMUM)/.installed: pyproject.toml constraints-optimum.txt
+	test -x $(OPTIMUM)/bin/python || $(PYTHON) -m venv $(OPTIMUM)
+	$(OPTIMUM)/bin/pip install -q $(PIP_ARGS) torch==2.13.0
+	$(OPTIMUM)/bin/pip install -q $(PIP_ARGS) -r constraints-optimum.txt
+	$(OPTIMUM)/bin/pip install -q $(PIP_ARGS) --no-deps -e .
+	touch $@
+
+test-optimum: setup setup-optimum  ## what optimum exports, run in its own environment
+	$(BIN)/python -m pytest -m optimum tests/optimum
 
 # llama.cpp as its users have it: built for this CPU, but for its AMX path, which crashed where it was tried.
 LLAMA_CPU := $(if $(shell grep -m1 avx512_vnni /proc/cpuinfo),$\

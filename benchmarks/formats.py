@@ -197,7 +197,7 @@ def _ask(
         environment["PYTHONPATH"] = os.environ["PYTHONPATH"]
     script = str(Path(__file__).with_name("formats_runtime.py"))
     done = subprocess.run(
-        [str(PYTHONS[artefact.runtime]), script],
+        [str(PYTHONS[artefact.runtime]), "-P", script],  # -P: what lies beside the script hides no package
         input=json.dumps(request),
         capture_output=True,
         text=True,

@@ -36,6 +36,7 @@ def export(folder: Path, out: Path) -> None:
     try:
         _write(folder, scratch)
         _name_family(scratch / "config.json")
+        (scratch / "modeling_elastic.py").unlink(missing_ok=True)
         scratch.rename(out)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
