@@ -23,6 +23,10 @@ from rivals import ROOT, Contender
 START_SECONDS = 300
 
 
+class StartError(Exception):
+    """A server that did not come up."""
+
+
 @dataclass(frozen=True)
 class Server:
     """A running server."""
@@ -140,11 +144,11 @@ def _wait(process: subprocess.Popen[bytes], name: str, port: int, log: Path) -> 
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
         if process.poll() is not None:
-            raise SystemExit(f"{name} stopped while starting: see {log}")
+            raise StartError(f"{name} stopped while starting: see {log}")
         with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
             return
         time.sleep(0.1)
-    raise SystemExit(f"{name} did not start: see {log}")
+    raise StartError(f"{name} did not start: see {log}")
 
 
 def _model(port: int) -> str:

@@ -138,8 +138,9 @@ class Scheduler:
         for sequence in self.rows.sequences:
             if self._ended(sequence, now):
                 self.rows.release(sequence)
-        with self._changed:
-            self._waiting = deque(item for item in self._waiting if not self._ended(item, now))
+        if self._waiting:
+            with self._changed:
+                self._waiting = deque(item for item in self._waiting if not self._ended(item, now))
 
     def _ended(self, sequence: SequenceState, now: float) -> bool:
         if sequence.cancelled:
@@ -151,6 +152,8 @@ class Scheduler:
         return sequence.finished
 
     def _admit(self) -> None:
+        if not self._waiting:
+            return
         with self._changed:
             while self._waiting and self.rows.admit(self._waiting[0]):
                 self._waiting.popleft()

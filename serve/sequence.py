@@ -153,6 +153,10 @@ class SequenceState:
     def _emit(self, text: str, last: bool = False) -> None:
         """Hand over text with the tokens that end in it."""
         self._shown_length += len(text)
+        if not self._waiting:
+            if text:
+                self._sink(Piece(text))
+            return
         ready = [entry for end, entry in self._waiting if last or end <= self._shown_length]
         if not (text or ready):
             return

@@ -15,6 +15,8 @@ class StopMatcher:
 
     def add(self, piece: str) -> str:
         """The text that is now safe to show; once a stop is ``matched``, what preceded it."""
+        if not self._stops:
+            return piece
         text = self._held + piece
         found = [index for stop in self._stops if (index := text.find(stop)) >= 0]
         if found:

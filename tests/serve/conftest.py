@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,9 +17,18 @@ from pathlib import Path
 import openai
 import pytest
 
+from compressor.manifest import read_manifest, record_files, write_manifest
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 MODEL_NAME = "tiny-int8"
 START_SECONDS = 60
+TOOLS_TEMPLATE = """{% if tools %}<|im_start|>system
+{{ tools | tojson }} Answer with <tool_call>{"name": ..., "arguments": ...}</tool_call><|im_end|>
+{% endif %}{% for message in messages %}<|im_start|>{{ message.role }}
+{% for call in message.tool_calls or [] %}{{ call.function.arguments.city }}{% endfor %}{{ message.content }}
+<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
 
 
 @dataclass
@@ -74,6 +84,19 @@ def start_server() -> Iterator[Callable[..., RunningServer]]:
 def server(tiny_package: Path, start_server: Callable[..., RunningServer]) -> RunningServer:
     """One server for all tests that need nothing special."""
     return start_server(tiny_package, "--max-concurrency", "4")
+
+
+@pytest.fixture(scope="session")
+def tools_server(
+    tiny_package: Path, tmp_path_factory: pytest.TempPathFactory, start_server: Callable[..., RunningServer]
+) -> RunningServer:
+    """A server of a model whose chat template has tools."""
+    folder = tmp_path_factory.mktemp("tools") / "package"
+    shutil.copytree(tiny_package, folder)
+    (folder / "chat_template.jinja").write_text(TOOLS_TEMPLATE)
+    manifest = read_manifest(folder)
+    write_manifest(folder, manifest.model_copy(update={"files": record_files(folder)}))
+    return start_server(folder)
 
 
 @pytest.fixture

@@ -3,21 +3,12 @@
 from __future__ import annotations
 
 import json
-import shutil
 
 import openai
 import pytest
 
-from compressor.manifest import read_manifest, record_files, write_manifest
-from tests.serve.conftest import MODEL_NAME
+from tests.serve.conftest import MODEL_NAME, RunningServer
 
-TEMPLATE = """{% if tools %}<|im_start|>system
-{{ tools | tojson }} Answer with <tool_call>{"name": ..., "arguments": ...}</tool_call><|im_end|>
-{% endif %}{% for message in messages %}<|im_start|>{{ message.role }}
-{% for call in message.tool_calls or [] %}{{ call.function.arguments.city }}{% endfor %}{{ message.content }}
-<|im_end|>
-{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
-{% endif %}"""
 WEATHER = {
     "type": "function",
     "function": {
@@ -34,14 +25,9 @@ WEATHER = {
 QUESTION = [{"role": "user", "content": "How is the weather in Oslo?"}]
 
 
-@pytest.fixture(scope="module")
-def client(tiny_package, tmp_path_factory, start_server) -> openai.OpenAI:
-    folder = tmp_path_factory.mktemp("tools") / "package"
-    shutil.copytree(tiny_package, folder)
-    (folder / "chat_template.jinja").write_text(TEMPLATE)
-    manifest = read_manifest(folder)
-    write_manifest(folder, manifest.model_copy(update={"files": record_files(folder)}))
-    return start_server(folder).client()
+@pytest.fixture
+def client(tools_server: RunningServer) -> openai.OpenAI:
+    return tools_server.client()
 
 
 def ask(client: openai.OpenAI, **options):
