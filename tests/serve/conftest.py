@@ -52,16 +52,7 @@ class RunningServer:
 @pytest.fixture(scope="session")
 def tiny_package(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A package of the tiny model, unpruned, in INT8."""
-    from compressor.engines.onnx_export import export
-    from compressor.engines.onnx_package import write_package
-    from compressor.space import SubNetwork
-
-    exported = export(tiny_model_folder, tmp_path_factory.mktemp("serve") / "export")
-    shape = exported.shape
-    whole = SubNetwork(tuple(range(shape.num_layers)), (shape.intermediate_size,) * shape.num_layers)
-    folder = exported.folder.with_name("package")
-    write_package(exported, whole, folder, {"name": MODEL_NAME, "base_model": "tiny"})
-    return folder
+    return whole_package(tiny_model_folder, tmp_path_factory.mktemp("serve"), MODEL_NAME)
 
 
 @pytest.fixture(scope="session")
@@ -102,6 +93,19 @@ def tools_server(
 @pytest.fixture
 def client(server: RunningServer) -> openai.OpenAI:
     return server.client()
+
+
+def whole_package(model_folder: Path, scratch: Path, name: str) -> Path:
+    """A model as it is, in INT8, as a package in ``scratch``."""
+    from compressor.engines.onnx_export import export
+    from compressor.engines.onnx_package import write_package
+    from compressor.space import SubNetwork
+
+    exported = export(model_folder, scratch / "export")
+    shape = exported.shape
+    whole = SubNetwork(tuple(range(shape.num_layers)), (shape.intermediate_size,) * shape.num_layers)
+    write_package(exported, whole, scratch / "package", {"name": name, "base_model": name})
+    return scratch / "package"
 
 
 def _start(package: Path, flags: tuple[str, ...]) -> RunningServer:
