@@ -113,7 +113,7 @@ bench-formats: setup setup-vllm setup-llama  ## four formats of one sub-network,
 	$(BIN)/python benchmarks/formats.py
 
 bench-serve: setup setup-vllm $(LLAMA)/bin/llama-server  ## the endpoint beside llama.cpp's server, vLLM's and the bare engine
-	$(BIN)/python benchmarks/serve.py
+	$(BIN)/python benchmarks/endpoint.py
 
 soak-serve: setup  ## an hour of mixed load on the endpoint
 	$(BIN)/python benchmarks/soak_serve.py

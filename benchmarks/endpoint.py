@@ -4,7 +4,7 @@ All serve the same network, the unpruned starter, in their own INT8 with two thr
 between them, so that a disturbance hits all. Prompts are plain words, the same for every server and
 never twice, so that no cache helps. Prints a table, then one line of JSON; exit 1 if a bound is missed.
 
-    python benchmarks/serve.py [--cache runs/bench-serve] [--rounds 5]
+    python benchmarks/endpoint.py [--cache runs/bench-serve] [--rounds 5]
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from endpoint_load import Server, StartError, machine_busy_seconds, running, stall, stream, together
 from rivals import ROOT, contenders, our_package
-from serve_load import Server, StartError, machine_busy_seconds, running, stall, stream, together
 
 from serve.kvcache import KeyValueCache
 from serve.model import Model, cache_shape, open_session
