@@ -7,6 +7,9 @@ import os
 import sys
 from pathlib import Path
 
+ESCAPE_MS = "25"
+"""How long Escape waits for the rest of a key's sequence. Textual's own 100 ms can be felt."""
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="compress tui", description="The wizard.")
@@ -16,6 +19,7 @@ def main() -> None:
         sys.exit("error: the wizard needs a terminal; `compress --help` shows the command line")
     if asked.run is not None and not (asked.run / "run.json").is_file():
         sys.exit(f"error: {asked.run} holds no run: `compress tui` alone starts one")
+    os.environ.setdefault("ESCDELAY", ESCAPE_MS)
     from tui.app import ANSI_DARK, DARK, make_app
 
     make_app(asked.run, theme=DARK if has_many_colours() else ANSI_DARK).run()

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterable
+from importlib import import_module
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from textual import work
 from textual.app import App, SystemCommand
 from textual.binding import Binding, BindingType
+from textual.command import CommandInput, CommandList, CommandPalette, SearchIcon
+from textual.containers import VerticalScroll
 from textual.events import Resize
 from textual.screen import Screen
+from textual.widgets import LoadingIndicator
 
 from compressor.device import Machine
 from compressor.errors import CompressorError
@@ -18,19 +23,25 @@ from compressor.request import stored_request
 from compressor.runfolder import RunFolder
 from tui.background import BackgroundRun
 from tui.choices import Choices, of_request
+from tui.driver import QuickDriver
 from tui.endpoint import Endpoint
 from tui.facts import ModelFacts
 from tui.helptext import HELP
 from tui.probe import Probe
-from tui.results import Pick
 from tui.screens.dialogs import HelpDialog, LeaveDialog, OpenRunDialog, TooSmallDialog
 from tui.screens.registry import step_factory
 from tui.screens.step import Step
 from tui.widgets.trail import STEPS
 
+if TYPE_CHECKING:
+    from tui.results import Pick
+
 SMALLEST = (80, 24)
 DARK, LIGHT = "textual-dark", "textual-light"
 ANSI_DARK, ANSI_LIGHT = "ansi-dark", "ansi-light"
+HEAVY = ("tui.results", "tui.meaning", "tui.widgets.scatter")
+BREATH_S = 0.05
+"""Pause between the screens that are built ahead: keys come first."""
 
 
 class Wizard(App[None]):
@@ -45,11 +56,12 @@ class Wizard(App[None]):
         Binding("f1", "help", "Help", priority=True),
         Binding("ctrl+o", "open_run", "Open run", show=False),
         Binding("ctrl+t", "toggle_theme", "Light/dark", show=False),
+        Binding("ctrl+p", "command_palette", "Commands", priority=True),
         Binding("ctrl+q", "quit", "Quit", priority=True),
     ]
 
     def __init__(self, choices: Choices, probe: Probe, theme: str, attach: Path | None = None) -> None:
-        super().__init__()
+        super().__init__(driver_class=QuickDriver)
         self.choices = choices
         self.probe = probe
         self.machine: Machine | None = None
@@ -68,6 +80,7 @@ class Wizard(App[None]):
             self.open_run(self._run_to_open)
         self.look_at_machine()
         self.look_at_model()
+        self.call_after_refresh(self.build_steps)
 
     def go(self, step: str) -> None:
         """Show a step; the one left keeps its state."""
@@ -103,6 +116,20 @@ class Wizard(App[None]):
         run = self.choices.run
         at_work = self.run_at_work is not None and self.run_at_work.alive
         return run is not None and not at_work and RunFolder(run).front.exists()
+
+    @work(exclusive=True, group="build")
+    async def build_steps(self) -> None:
+        """Build what was not shown yet, while the person reads, so that every screen comes at once."""
+        for module in HEAVY:
+            await asyncio.to_thread(import_module, module)
+        for name, _ in STEPS:
+            _, mounted = self._get_screen(name)
+            await mounted()
+            await asyncio.sleep(BREATH_S)
+        windows = (CommandPalette(), SearchIcon(), CommandInput(), CommandList(), LoadingIndicator())
+        for widget in (*windows, HelpDialog(""), VerticalScroll()):
+            widget._post_register(self)
+        self.stylesheet.parse()
 
     @work(exclusive=True, group="machine")
     async def look_at_machine(self) -> None:

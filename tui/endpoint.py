@@ -52,22 +52,17 @@ class Endpoint:
         """Start the server. Raises ``InputError`` if the port is taken."""
         refuse_taken_port(self.port)
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
-        command = [
-            sys.executable,
-            "-P",
-            "-m",
-            "serve",
-            str(self.package),
-            "--host",
-            HOST,
-            "--port",
-            str(self.port),
-        ]
-        if self.key:
-            command += ["--api-key", self.key]
         self._process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=self._log, stderr=subprocess.STDOUT
+            [sys.executable, "-P", "-m", "tui.tethered", *self.serve_arguments()],
+            stdin=subprocess.PIPE,
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
         )
+
+    def serve_arguments(self) -> list[str]:
+        """``serve`` and its flags, as a command line has them."""
+        key = ["--api-key", self.key] if self.key else []
+        return ["serve", str(self.package), "--host", HOST, "--port", str(self.port), *key]
 
     def wait_ready(self) -> None:
         """Return when it answers. Raises ``PackageError`` with its last words if it does not."""

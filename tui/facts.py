@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from compressor.device import Gpu, Machine
-from compressor.space import ModelShape
+
+if TYPE_CHECKING:
+    from compressor.space import ModelShape
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ def machine_from_dict(data: dict[str, Any]) -> Machine:
 
 
 def model_from_dict(data: dict[str, Any]) -> ModelFacts:
+    from compressor.space import ModelShape
+
     return ModelFacts(**{**data, "shape": ModelShape(**data["shape"])})
 
 

@@ -1,7 +1,12 @@
-"""Help for every step: what it is for, what the words mean, which keys work."""
+"""Help for every step: what it is for, what the words mean, which keys work; in a little Markdown."""
+
+from __future__ import annotations
+
+import re
+
+from textual.content import Content
 
 KEYS = """
----
 **Keys** · Tab, Shift+Tab, ↑ ↓ move · Ctrl+N next step · Esc back · Ctrl+O open a run ·
 Ctrl+P all commands · Ctrl+T light or dark · Ctrl+Q leave
 """
@@ -105,3 +110,18 @@ The endpoint ends with this window; `compress serve FOLDER` starts it alone.
 """
     + KEYS,
 }
+
+
+def styled(text: str) -> Content:
+    """Headings, ``**bold**``, ``*slanted*``, `` `code` `` and lists of a help text, for a widget that wraps it."""
+    joined = re.sub(r"(?<!\n)\n(?![\n-])", " ", text.strip())
+    marked = joined.replace("[", r"\[")
+    for pattern, replacement in (
+        (r"^# (.+?)$", r"[bold $text-accent]\1[/]"),
+        (r"^- ", "• "),
+        (r"\*\*(.+?)\*\*", r"[bold]\1[/]"),
+        (r"\*(.+?)\*", r"[italic]\1[/]"),
+        (r"`(.+?)`", r"[$text-accent]\1[/]"),
+    ):
+        marked = re.sub(pattern, replacement, marked, flags=re.MULTILINE)
+    return Content.from_markup(marked)

@@ -11,10 +11,8 @@ from tui import words
 from tui.facts import ModelFacts
 
 
-def budget_meaning(profile: Profile, model: ModelFacts | None) -> str:
+def budget_meaning(profile: Profile, model: ModelFacts) -> str:
     """Where the whole model and the smallest sub-network stand beside the memory budget."""
-    if model is None:
-        return "What this means for a model is said here once the model is known."
     try:
         space = SearchSpace.from_fractions(
             model.shape, profile.space.depth_fractions, profile.space.width_fractions

@@ -18,7 +18,7 @@ from compressor.request import RunRequest, stored_request
 from compressor.runfolder import RunFolder
 from compressor.space import ModelShape, SearchSpace, weight_bytes
 from tui import words
-from tui.charts import Sample
+from tui.charts import Sample, front_of
 from tui.facts import ModelFacts
 
 if TYPE_CHECKING:
@@ -95,8 +95,9 @@ class Results:
     def picks(self, budgets: Budgets | None = None, also: str | None = None) -> list[Pick]:
         """The front, and the sub-network of digest ``also``, judged by budgets (the run's own by default)."""
         limits = budgets or self.request.profile.budgets
-        front = front_candidates(self.data)
-        extra = [c for c in self.data.candidates if c.subnet.digest == also and c not in front]
+        front = front_candidates(self.data) or self._overall_front()
+        wanted = {also, self.winner_digest} if also is None else {also}
+        extra = [c for c in self.data.candidates if c.subnet.digest in wanted and c not in front]
         return [self._pick(c, limits) for c in [*front, *extra]]
 
     def what_if(self, budgets: Budgets) -> WhatIf:
@@ -121,6 +122,12 @@ class Results:
         if choice.winner is None:
             return WhatIf(None, "Nothing that was evaluated meets these. " + nearest_text(choice.misses))
         return WhatIf(choice.winner.subnet.digest, "")
+
+    def _overall_front(self) -> list[Candidate]:
+        """The best trade-offs of size and accuracy where nothing met the run's budgets."""
+        able = [(c.weight_bytes, c.accuracy.value, c) for c in self.data.candidates if c.accuracy]
+        best = front_of([(float(size), accuracy) for size, accuracy, _ in able], smaller_x=True)
+        return [c for size, accuracy, c in able if (float(size), accuracy) in best]
 
     def _pick(self, candidate: Candidate, budgets: Budgets) -> Pick:
         memory, speed = self._memory(candidate), candidate.speed

@@ -7,7 +7,7 @@ from typing import ClassVar
 from textual.app import ComposeResult
 from textual.binding import BindingType
 from textual.containers import Vertical, VerticalScroll
-from textual.widgets import DataTable, Static, TabbedContent, TabPane
+from textual.widgets import DataTable, TabbedContent, TabPane
 
 from compressor.errors import CompressorError
 from compressor.profile import Budgets
@@ -20,6 +20,7 @@ from tui.results import Pick, Results, read_results, reference_samples, sample_o
 from tui.screens.step import Step
 from tui.widgets.architecture import Architecture
 from tui.widgets.field import Field
+from tui.widgets.line import Line
 from tui.widgets.scatter import Scatter
 
 TABS = ("chart", "layers", "compare", "what-if")
@@ -70,7 +71,7 @@ class ChooseStep(Step):
 
     def content(self) -> ComposeResult:
         with Vertical(id="choose-top"):
-            yield Static("", id="choose-title", classes="heading")
+            yield Line("", id="choose-title", classes="heading")
             yield DataTable(id="table", cursor_type="row", zebra_stripes=True, header_height=2)
         with TabbedContent(id="tabs", initial="chart"):
             with TabPane("1 Chart", id="chart"):
@@ -79,16 +80,15 @@ class ChooseStep(Step):
                 yield Architecture()
             with TabPane("3 Compare", id="compare"), VerticalScroll():
                 yield DataTable(id="references", cursor_type="none", header_height=2)
-                yield Static("", id="tests", markup=False)
+                yield Line("", id="tests", markup=False)
             with TabPane("4 What if", id="what-if"):
                 for label, name, unit in WHAT_IF:
                     yield Field(label, name, kind="number", unit=unit)
-                yield Static("", id="verdict", markup=False)
+                yield Line("", id="verdict", markup=False)
 
     def on_mount(self) -> None:
         self.query_one("#table", DataTable).add_columns(*COLUMNS)
         self.query_one("#references", DataTable).add_columns("Model\n", *COLUMNS[1:3], *COLUMNS[4:7])
-        super().on_mount()
 
     def refresh_facts(self) -> None:
         run = self.wizard.choices.run
@@ -185,7 +185,7 @@ class ChooseStep(Step):
         for pick in self.picks:
             table.add_row(*cells(pick, self.results.data.num_layers), key=pick.digest)
         data = self.results.data
-        self.query_one("#choose-title", Static).update(
+        self.query_one("#choose-title", Line).update(
             f"{data.model} on {data.profile}: {len(self.picks)} best of {len(data.candidates)}, by {name}"
         )
         digests = [pick.digest for pick in self.picks]
@@ -231,12 +231,12 @@ class ChooseStep(Step):
                 f"On unseen items: {words.percent(score.value)} ({words.interval(score.low, score.high)})."
             )
             lines += [wording.paired_test(test) for test in data.winner.tests]
-        self.query_one("#tests", Static).update("\n".join(lines))
+        self.query_one("#tests", Line).update("\n".join(lines))
 
     def _pick_again(self) -> None:
         """What the run's rule picks under the budgets in the fields; the cursor goes there."""
         fields = {name: self.query_one(f"#field-{name}", Field).value for _, name, _ in WHAT_IF}
-        verdict = self.query_one("#verdict", Static)
+        verdict = self.query_one("#verdict", Line)
         if self.results is None or None in fields.values():
             verdict.update("Give all three budgets.")
             return

@@ -16,10 +16,10 @@ from compressor.device import GIB, Fit, Machine, fits
 from compressor.errors import CompressorError
 from compressor.profile import Profile, load_profile, load_profiles
 from tui import words
-from tui.meaning import budget_meaning
 from tui.screens.dialogs import PathDialog
 from tui.screens.step import Step
 from tui.widgets.field import Field
+from tui.widgets.line import Line
 
 FIELDS = (
     ("Memory", "memory_budget", "number", "GiB"),
@@ -46,7 +46,7 @@ class DeviceStep(Step):
 
     def content(self) -> ComposeResult:
         with Vertical(id="device-left"):
-            yield Static("Looking at this machine …", id="machine", markup=False)
+            yield Line("Looking at this machine …", id="machine", markup=False)
             yield OptionList(id="profiles", compact=True)
         with VerticalScroll(id="device-right", can_focus=False):
             yield Static("Limits, and what one request is", classes="heading")
@@ -54,7 +54,7 @@ class DeviceStep(Step):
                 with Horizontal(classes="pair"):
                     for label, name, kind, unit in (left, right):
                         yield Field(label, name, kind=kind, unit=unit)  # type: ignore[arg-type]
-            yield Static("", id="meaning")
+            yield Line("", id="meaning")
 
     def refresh_facts(self) -> None:
         machine = self.wizard.machine
@@ -111,7 +111,7 @@ class DeviceStep(Step):
         fit = {p.name: fits(p, machine) for p in (*own, *shipped)}
         by_memory = sorted(shipped, key=lambda p: (not fit[p.name].ok, p.device.memory_gib))
         self.profiles = [*own, *by_memory]
-        self.query_one("#machine", Static).update(machine_lines(machine))
+        self.query_one("#machine", Line).update(machine_lines(machine))
         chosen = self.wizard.choices.value("profile")
         if chosen is None:
             chosen = next((p.name for p in self.profiles if fit[p.name].ok), self.profiles[0].name)
@@ -157,8 +157,16 @@ class DeviceStep(Step):
         self.say(fault, "error")
         if fault:
             return
-        meaning = budget_meaning(self.wizard.choices.request().profile, self.wizard.model)
-        self.query_one("#meaning", Static).update(meaning)
+        self.query_one("#meaning", Line).update(self._meaning())
+
+    def _meaning(self) -> str:
+        """What the budgets mean for the model, once it is known."""
+        model = self.wizard.model
+        if model is None:
+            return "What this means for a model is said here once the model is known."
+        from tui.meaning import budget_meaning  # with numpy, which the first screen does not wait for
+
+        return budget_meaning(self.wizard.choices.request().profile, model)
 
     def _fault(self) -> str:
         """What the core has against these choices on this machine."""

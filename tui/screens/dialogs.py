@@ -11,10 +11,11 @@ from textual.app import ComposeResult
 from textual.binding import BindingType
 from textual.containers import Horizontal, Vertical, VerticalScroll
 from textual.screen import ModalScreen
-from textual.widgets import Button, DirectoryTree, Input, Label, Markdown, OptionList, Static
+from textual.widgets import Button, DirectoryTree, Input, Label, OptionList, Static
 from textual.widgets.option_list import Option
 
 from compressor.runfolder import RUN_FILE
+from tui.helptext import styled
 
 Leaving = Literal["leave", "stop", "stay"]
 RUNS = Path("runs")
@@ -32,7 +33,7 @@ class HelpDialog(ModalScreen[None]):
     def compose(self) -> ComposeResult:
         with Vertical(classes="dialog dialog-large"):
             with VerticalScroll():
-                yield Markdown(self.text)
+                yield Static(styled(self.text))
             yield Label("Esc closes", classes="hint")
 
 

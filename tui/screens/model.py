@@ -17,6 +17,7 @@ from tui.facts import ModelFacts
 from tui.screens.dialogs import PathDialog
 from tui.screens.step import Step
 from tui.widgets.field import Field
+from tui.widgets.line import Line
 
 TYPING_PAUSE_S = 0.6
 SOURCES = (
@@ -51,7 +52,7 @@ class ModelStep(Step):
             with Vertical(id="source-path"):
                 yield Field("Where", "model", placeholder=PLACEHOLDERS["folder"])
                 yield Button("Browse …", id="browse", compact=True)
-            yield Static("", id="verdict", markup=False)
+            yield Line("", id="verdict", markup=False)
         with VerticalScroll(id="model-right", can_focus=False):
             yield Static("Accuracy: what the search keeps high", classes="heading")
             yield from radio("accuracy", ACCURACIES)
@@ -135,7 +136,7 @@ class ModelStep(Step):
         self.wizard.choices = self.wizard.choices.but(model=model).in_folder(None)
         self.wizard.model = None
         self.checked = ""
-        self.query_one("#verdict", Static).update("Checking …")
+        self.query_one("#verdict", Line).update("Checking …")
         self._check(str(model))
 
     @work(exclusive=True, group="check")
@@ -146,7 +147,7 @@ class ModelStep(Step):
             found = await self.wizard.probe.model(model)
         except CompressorError as error:
             self.fault = str(error)
-            self.query_one("#verdict", Static).update(f"✗ {self.fault}")
+            self.query_one("#verdict", Line).update(f"✗ {self.fault}")
             return
         self.wizard.model = found
         self.checked = model
@@ -163,7 +164,7 @@ class ModelStep(Step):
 
     def _show_verdict(self, model: ModelFacts) -> None:
         license_name = f", licence {model.license}" if model.license else ""
-        self.query_one("#verdict", Static).update(
+        self.query_one("#verdict", Line).update(
             f"✓ {model.name}: {words.count(model.parameters)} parameters, {model.shape.num_layers} layers, "
             f"hidden {model.shape.hidden_size}, MLP {model.shape.intermediate_size}{license_name}"
         )

@@ -12,7 +12,7 @@ from textual import work
 from textual.app import ComposeResult
 from textual.binding import BindingType
 from textual.containers import Vertical, VerticalScroll
-from textual.widgets import Button, RichLog, Static
+from textual.widgets import Button, RichLog
 
 from compressor.errors import CompressorError, PackageError
 from compressor.manifest import Manifest, read_manifest
@@ -20,6 +20,7 @@ from tui import words
 from tui.results import Pick
 from tui.screens.step import Step
 from tui.widgets.field import Field
+from tui.widgets.line import Line
 
 BUDGET_WORDS = {
     "memory_gib": ("memory", "GiB"),
@@ -42,16 +43,15 @@ class PackageStep(Step):
 
     def content(self) -> ComposeResult:
         with Vertical(id="package-top"):
-            yield Static("", id="what", markup=False)
+            yield Line("", id="what", markup=False)
             yield Field("Folder", "out")
             yield Button("Write and verify", id="write", variant="success", compact=True)
         yield RichLog(id="proofs", wrap=True, markup=True)
         with VerticalScroll(id="manifest-box", can_focus=False):
-            yield Static("", id="manifest", markup=False)
+            yield Line("", id="manifest", markup=False)
 
     def on_mount(self) -> None:
         self.query_one("#proofs").can_focus = False
-        super().on_mount()
 
     def refresh_facts(self) -> None:
         pick, run = self.wizard.pick, self.wizard.choices.run
@@ -62,11 +62,11 @@ class PackageStep(Step):
             return
         self.pick = pick
         self.wizard.package = None
-        self.query_one("#what", Static).update(self._what(pick))
+        self.query_one("#what", Line).update(self._what(pick))
         name = "package" if pick.chosen else f"package-{pick.digest}"
         self.query_one("#field-out", Field).show(str(run / name))
         self.query_one("#proofs", RichLog).clear()
-        self.query_one("#manifest", Static).update("")
+        self.query_one("#manifest", Line).update("")
         self.say("")
         self.query_one("#write").focus()
 
@@ -113,7 +113,7 @@ class PackageStep(Step):
         finally:
             self.busy = False
         self.wizard.package = out
-        self.query_one("#manifest", Static).update(manifest_lines(manifest))
+        self.query_one("#manifest", Line).update(manifest_lines(manifest))
         self.say("The package is whole. Go on with Ctrl+N.")
 
     async def _command(self, *arguments: str) -> None:

@@ -21,6 +21,7 @@ from tui.facts import PlanFacts
 from tui.screens.model import TYPING_PAUSE_S, press, radio
 from tui.screens.step import Step
 from tui.widgets.field import Field
+from tui.widgets.line import Line
 
 PRESET_TEXTS = (
     ("quick", "quick: see the whole way in minutes"),
@@ -58,9 +59,9 @@ class PlanStep(Step):
             yield Field("Run folder", "run")
         with VerticalScroll(id="plan-right", can_focus=False):
             yield Static("What will happen", classes="heading")
-            yield Static("", id="figures", markup=False)
+            yield Line("", id="figures", markup=False)
         with Vertical(id="line-box"):
-            yield Static("", id="line", markup=False)
+            yield Line("", id="line", markup=False)
 
     def refresh_facts(self) -> None:
         choices = self.wizard.choices
@@ -122,7 +123,7 @@ class PlanStep(Step):
             self._field("run").show(str(self.wizard.choices.run_folder))
         except CompressorError as error:
             line = f"({error})"
-        self.query_one("#line", Static).update(line)
+        self.query_one("#line", Line).update(line)
 
     def _ask_if_changed(self) -> None:
         """Make the plan anew if it was made for other choices."""
@@ -130,7 +131,7 @@ class PlanStep(Step):
         if asked == self.asked:
             return
         self.asked, self.facts, self.fault = asked, None, ""
-        self.query_one("#figures", Static).update("Making the plan …")
+        self.query_one("#figures", Line).update("Making the plan …")
         self._make_plan()
 
     @work(exclusive=True, group="plan")
@@ -141,11 +142,11 @@ class PlanStep(Step):
             self.facts = await self.wizard.probe.plan(choices.request(), choices.run_folder)
         except CompressorError as error:
             self.fault = str(error)
-            self.query_one("#figures", Static).update("It cannot be done like this.")
+            self.query_one("#figures", Line).update("It cannot be done like this.")
             self.say(self.fault, "error")
             return
         self.say("")
-        self.query_one("#figures", Static).update(plan_lines(self.facts))
+        self.query_one("#figures", Line).update(plan_lines(self.facts))
 
     def _request_text(self) -> str:
         """The request as text, to see whether it is another one."""

@@ -20,6 +20,7 @@ from tui.follow import EventFile
 from tui.progress import Point, RunProgress
 from tui.results import unpruned_samples, weight_budget_bytes
 from tui.screens.step import Step
+from tui.widgets.line import Line
 from tui.widgets.scatter import Scatter
 from tui.widgets.stages import Stages
 
@@ -51,7 +52,7 @@ class RunStep(Step):
 
     def content(self) -> ComposeResult:
         yield Stages("No run has been started: go back to the plan, or open one with Ctrl+O.", id="stages")
-        yield Static("", id="best")
+        yield Line("", id="best")
         yield Scatter(id="front")
         yield RichLog(id="log", max_lines=LOG_LINES, wrap=True, markup=True)
 
@@ -63,7 +64,6 @@ class RunStep(Step):
 
     def on_mount(self) -> None:
         self._show_buttons(alive=False)
-        super().on_mount()
         self.query_one("#log").can_focus = False
         self.set_interval(LOOK_EVERY_S, self.look)
 
@@ -155,7 +155,7 @@ class RunStep(Step):
         self._show_buttons(alive)
         self._show_ending(alive)
         if news:
-            self.query_one("#best", Static).update(best_line(self.progress.best))
+            self.query_one("#best", Line).update(best_line(self.progress.best))
             self._show_log()
             self._show_chart()
 

@@ -19,6 +19,7 @@ from tui import words
 from tui.endpoint import Endpoint, Reply
 from tui.screens.step import Step
 from tui.widgets.field import Field
+from tui.widgets.line import Line
 
 DEFAULT_PORT = 8000
 LOOK_EVERY_S = 1.0
@@ -47,9 +48,9 @@ class ServeStep(Step):
                 yield Field("Port", "port", kind="integer")
                 yield Field("Key", "key", placeholder="empty: no key")
                 yield Button("Start", id="toggle", variant="success", compact=True)
-            yield Static("", id="where", markup=False)
-            yield Static("", id="curl", markup=False)
-            yield Static("", id="live", markup=False)
+            yield Line("", id="where", markup=False)
+            yield Line("", id="curl", markup=False)
+            yield Line("", id="live", markup=False)
         yield VerticalScroll(id="chat", can_focus=False)
         yield Input(placeholder="Say something to the model, then Enter", id="prompt", compact=True)
 
@@ -57,7 +58,6 @@ class ServeStep(Step):
         self.query_one("#field-port", Field).show(DEFAULT_PORT)
         self.query_one("#field-key", Field).show(secrets.token_urlsafe(9))
         self.set_interval(LOOK_EVERY_S, self._show_live)
-        super().on_mount()
 
     def refresh_facts(self) -> None:
         package = self._package
@@ -65,7 +65,7 @@ class ServeStep(Step):
             self.say("There is no package yet: write one in the step before.", "warning")
             return
         if self.endpoint is None or not self.endpoint.alive:
-            self.query_one("#where", Static).update(f"Package  {package}")
+            self.query_one("#where", Line).update(f"Package  {package}")
             self.query_one("#toggle").focus()
         self._show_live()
 
@@ -151,10 +151,10 @@ class ServeStep(Step):
         self.ready = not fault
         self.say(fault, "error")
         if self.ready:
-            self.query_one("#where", Static).update(
+            self.query_one("#where", Line).update(
                 f"URL  {endpoint.url}    model  {self.model_name}    key  {endpoint.key or 'none'}"
             )
-            self.query_one("#curl", Static).update(endpoint.curl_line(self.model_name))
+            self.query_one("#curl", Line).update(endpoint.curl_line(self.model_name))
             self.query_one("#prompt").focus()
         self._show_live()
 
@@ -200,4 +200,4 @@ class ServeStep(Step):
         memory = self.endpoint.memory_bytes if alive and self.endpoint is not None else None
         state = "ready" if self.ready else ("starting" if alive else "not running")
         parts = [f"Endpoint {state}", f"memory {words.size(memory)}" if memory else "", self.figures]
-        self.query_one("#live", Static).update("    ".join(part for part in parts if part))
+        self.query_one("#live", Line).update("    ".join(part for part in parts if part))

@@ -8,8 +8,10 @@ from textual.app import ComposeResult
 from textual.binding import BindingType
 from textual.containers import Horizontal, Vertical
 from textual.screen import Screen
-from textual.widgets import Button, Footer, Static
+from textual.widgets import Button, Static
 
+from tui.widgets.keys import Keys
+from tui.widgets.line import Line
 from tui.widgets.trail import STEPS, Trail
 
 if TYPE_CHECKING:
@@ -39,7 +41,7 @@ class Step(Screen[None]):
         yield Trail(self.step)
         with Vertical(id="content", classes=f"step-{self.step}"):
             yield from self.content()
-        yield Static("", id="message", markup=False)
+        yield Line("", id="message", markup=False)
         with Horizontal(id="ways"):
             if self.step != NAMES[0]:
                 yield Button("‹ Back", id="back", compact=True)
@@ -47,7 +49,7 @@ class Step(Screen[None]):
             yield Static("", id="spacer")
             if self.step != NAMES[-1]:
                 yield Button(f"{self.next_label} ›", id="next", variant="primary", compact=True)
-        yield Footer(compact=True)
+        yield Keys()
 
     def content(self) -> ComposeResult:
         """The step's own widgets."""
@@ -66,12 +68,11 @@ class Step(Screen[None]):
 
     def say(self, text: str, kind: str = "info") -> None:
         """Show one line under the content; ``kind`` is ``info``, ``warning`` or ``error``."""
-        line = self.query_one("#message", Static)
+        line = self.query_one("#message", Line)
         line.update(text)
-        line.set_classes(f"message-{kind}" if text else "")
-
-    def on_mount(self) -> None:
-        self.refresh_facts()
+        look = f"message-{kind}" if text else ""
+        if look not in line.classes or not look:
+            line.set_classes(look)
 
     def on_screen_resume(self) -> None:
         self.refresh_facts()

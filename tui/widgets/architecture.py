@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from textual.content import Content
-from textual.widgets import Static
 
 from compressor.space import SubNetwork
+from tui.widgets.line import Line
 
 EIGHTHS = " ▁▂▃▄▅▆▇█"
 ROWS = 4
 FOUR_BIT_STYLE, STYLE, DROPPED_STYLE = "magenta", "green", "dim"
 
 
-class Architecture(Static):
+class Architecture(Line):
     """Shows one sub-network."""
 
     def show(self, subnet: SubNetwork, num_layers: int, intermediate_size: int) -> None:

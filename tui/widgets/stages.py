@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from textual.content import Content
-from textual.widgets import Static
 
 from tui import words
 from tui.progress import RunProgress, Stage
+from tui.widgets.line import Line
 
 BAR_CELLS = 24
 NO_BREAK = "\u00a0"
@@ -24,7 +24,7 @@ SHORT = {
 }
 
 
-class Stages(Static):
+class Stages(Line):
     """Shows ``RunProgress.stages``."""
 
     def show(self, progress: RunProgress, now: float, ended: bool) -> None:
