@@ -12,7 +12,7 @@ PIP_ARGS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 test test-slow test-vllm demo bench%: export HF_HUB_OFFLINE = 1
 
-.PHONY: help setup setup-vllm setup-llama setup-optimum demo test test-slow test-vllm test-optimum check format bench bench-evaluation bench-supernet bench-measure bench-search bench-formats bench-serve soak-serve clean
+.PHONY: help setup setup-vllm setup-llama setup-optimum demo test test-slow test-vllm test-optimum check format bench bench-evaluation bench-supernet bench-measure bench-search bench-formats bench-serve soak-serve bench-wizard clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 20
@@ -95,7 +95,7 @@ format: setup  ## let ruff format and fix
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: bench-evaluation bench-supernet bench-measure bench-search bench-formats bench-serve  ## all benchmarks
+bench: bench-evaluation bench-supernet bench-measure bench-search bench-formats bench-serve bench-wizard  ## all benchmarks
 
 bench-evaluation: setup  ## our scorer beside lm-eval's own model
 	$(BIN)/python benchmarks/evaluation.py
@@ -117,6 +117,9 @@ bench-serve: setup setup-vllm $(LLAMA)/bin/llama-server  ## the endpoint beside 
 
 soak-serve: setup  ## an hour of mixed load on the endpoint
 	$(BIN)/python benchmarks/soak_serve.py
+
+bench-wizard: setup  ## the wizard: start to first screen, key press to screen while a search runs
+	$(BIN)/python benchmarks/wizard.py
 
 clean:  ## remove caches and built files; keeps environments and runs
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -27,6 +27,7 @@ class Terminal:
         self._master, slave = pty.openpty()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
         self._written: list[tuple[float, bytes]] = []
+        self._news = threading.Event()
         environment = {**os.environ, "TERM": "xterm-256color", "COLORTERM": "truecolor"}
         self.began = time.perf_counter()
         self.process = subprocess.Popen(
@@ -69,27 +70,19 @@ class Terminal:
                 return
             time.sleep(0.02)
 
-    def text_since(self, mark: int = 0) -> str:
-        return _plain(b"".join(data for _, data in self._written[mark:]))
-
     def _until(self, texts: tuple[str, ...], mark: int, seconds: float) -> float:
         """When the last of the texts came, as ``time.perf_counter`` counts."""
-        end = time.perf_counter() + seconds
+        end, looked, seen = time.perf_counter() + seconds, mark, b""
         while time.perf_counter() < end:
-            if all(text in self.text_since(mark) for text in texts):
-                return self._moment(texts, mark)
-            time.sleep(0.005)
-        raise TimeoutError(
-            f"waited {seconds:.0f} s for {texts}; the screen got: {self.text_since(mark)[-2000:]}"
-        )
-
-    def _moment(self, texts: tuple[str, ...], mark: int) -> float:
-        seen = b""
-        for moment, data in self._written[mark:]:
-            seen += data
-            if all(text in _plain(seen) for text in texts):
-                return moment
-        raise AssertionError("the texts are there")
+            while looked < len(self._written):
+                moment, data = self._written[looked]
+                looked, seen = looked + 1, seen + data
+                plain = _plain(seen)
+                if all(text in plain for text in texts):
+                    return moment
+            self._news.wait(0.2)
+            self._news.clear()
+        raise TimeoutError(f"waited {seconds:.0f} s for {texts}; the screen got: {_plain(seen)[-2000:]}")
 
     def _read(self) -> None:
         while True:
@@ -100,6 +93,7 @@ class Terminal:
             if not data:
                 return
             self._written.append((time.perf_counter(), data))
+            self._news.set()
 
 
 def _plain(data: bytes) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Callable, Iterable
 from importlib import import_module
 from pathlib import Path
@@ -60,8 +61,11 @@ class Wizard(App[None]):
         Binding("ctrl+q", "quit", "Quit", priority=True),
     ]
 
-    def __init__(self, choices: Choices, probe: Probe, theme: str, attach: Path | None = None) -> None:
+    def __init__(
+        self, choices: Choices, probe: Probe, theme: str, attach: Path | None = None, ahead: bool = True
+    ) -> None:
         super().__init__(driver_class=QuickDriver)
+        self.animation_level = "none"
         self.choices = choices
         self.probe = probe
         self.machine: Machine | None = None
@@ -72,6 +76,7 @@ class Wizard(App[None]):
         self.endpoint: Endpoint | None = None
         self._first_theme = theme
         self._run_to_open = attach
+        self._ahead = ahead
 
     def on_mount(self) -> None:
         self.theme = self._first_theme
@@ -80,7 +85,8 @@ class Wizard(App[None]):
             self.open_run(self._run_to_open)
         self.look_at_machine()
         self.look_at_model()
-        self.call_after_refresh(self.build_steps)
+        if self._ahead:
+            self.call_after_refresh(self.build_steps)
 
     def go(self, step: str) -> None:
         """Show a step; the one left keeps its state."""
@@ -130,6 +136,8 @@ class Wizard(App[None]):
         for widget in (*windows, HelpDialog(""), VerticalScroll()):
             widget._post_register(self)
         self.stylesheet.parse()
+        gc.collect()
+        gc.freeze()  # what is built stays: no collection goes through it again while somebody waits
 
     @work(exclusive=True, group="machine")
     async def look_at_machine(self) -> None:
@@ -206,6 +214,8 @@ class Wizard(App[None]):
             yield SystemCommand(f"Go to {title}", f"Show the step {title}", lambda name=name: self.go(name))
 
 
-def make_app(attach: Path | None = None, probe: Probe | None = None, theme: str = DARK) -> Wizard:
-    """The wizard, new or attached to a run folder."""
-    return Wizard(Choices(), probe or Probe(), theme, attach)
+def make_app(
+    attach: Path | None = None, probe: Probe | None = None, theme: str = DARK, ahead: bool = True
+) -> Wizard:
+    """The wizard, new or attached to a run folder; ``ahead`` builds its screens before they are shown."""
+    return Wizard(Choices(), probe or Probe(), theme, attach, ahead)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
+
+from compressor.report.analysis import planar_front
 
 Dot = tuple[float, float]
 MIB = 2**20
@@ -46,7 +48,7 @@ def make_chart(
     """The chart of one of ``VIEWS``: accuracy over size, or accuracy over throughput."""
     by_size = view == "size"
     dots = placed(samples, by_size)
-    front = front_of(dots, smaller_x=by_size)
+    front = tuple(planar_front(dots, smaller_x=by_size))
     return Chart(
         title=f"{accuracy_name} % over {'MiB' if by_size else 'tokens/s'}",
         others=tuple(dot for dot in dots if dot not in front),
@@ -65,12 +67,3 @@ def placed(samples: Iterable[Sample], by_size: bool) -> list[Dot]:
         if x is not None and sample.accuracy is not None:
             found.append((x / MIB if by_size else x, 100 * sample.accuracy))
     return found
-
-
-def front_of(dots: Sequence[Dot], smaller_x: bool) -> tuple[Dot, ...]:
-    """The dots that no other one beats in both directions, by ascending x."""
-    best: list[Dot] = []
-    for x, y in sorted(set(dots), key=lambda dot: (dot[0] if smaller_x else -dot[0], -dot[1])):
-        if not best or y > best[-1][1]:
-            best.append((x, y))
-    return tuple(sorted(best))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,10 @@ class Choices:
 
     def request(self) -> RunRequest:
         """What a run of these choices would be asked. Raises ``CompressorError``."""
+        return self._request
+
+    @cached_property
+    def _request(self) -> RunRequest:
         if self.stored is None or self.run is None:
             return request.fresh(self.flags)
         return request.updated(self.stored, self.flags, self.run)

@@ -93,9 +93,12 @@ Compare, What if
     "package": """
 # Package
 
-Writes the folder that serves: the model, its tokenizer and `manifest.json`, which says what it is,
-how good and fast
-it was measured, and a hash of every file. It is checked when it is written.
+The **package** is the folder that serves here: the model, its tokenizer and `manifest.json`, which
+says what it is, how good and fast it was measured, and a hash of every file. It is checked when it
+is written.
+
+The other formats are for other programs: **GGUF** for llama.cpp, a **Hugging Face** folder for
+transformers, **vLLM** for vLLM. The line at the bottom does the same from a shell. Ctrl+Y copies it.
 """
     + KEYS,
     "serve": """
@@ -113,7 +116,7 @@ The endpoint ends with this window; `compress serve FOLDER` starts it alone.
 
 
 def styled(text: str) -> Content:
-    """Headings, ``**bold**``, ``*slanted*``, `` `code` `` and lists of a help text, for a widget that wraps it."""
+    """Headings, bold, slanted, code and lists of a help text, for a widget that wraps it."""
     joined = re.sub(r"(?<!\n)\n(?![\n-])", " ", text.strip())
     marked = joined.replace("[", r"\[")
     for pattern, replacement in (

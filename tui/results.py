@@ -12,13 +12,13 @@ from compressor.engines.memory import required_memory_bytes
 from compressor.errors import CompressorError, InputError, RunConflictError
 from compressor.ledger import open_ledger
 from compressor.profile import Budgets
-from compressor.report.analysis import front_candidates
+from compressor.report.analysis import front_candidates, planar_front
 from compressor.report.data import Candidate, ReportData
 from compressor.request import RunRequest, stored_request
 from compressor.runfolder import RunFolder
 from compressor.space import ModelShape, SearchSpace, weight_bytes
 from tui import words
-from tui.charts import Sample, front_of
+from tui.charts import Sample
 from tui.facts import ModelFacts
 
 if TYPE_CHECKING:
@@ -26,13 +26,25 @@ if TYPE_CHECKING:
 
 
 def weight_budget_bytes(request: RunRequest, model: ModelFacts | None) -> float | None:
-    """Bytes that the memory budget leaves to the weights of the whole model."""
+    """Bytes on disk of a sub-network that takes just the memory budget.
+
+    Between the smallest sub-network and the whole model, memory grows in line with the bytes.
+    """
     if model is None:
         return None
     shape, profile = model.shape, request.profile
-    full = SearchSpace(shape, (shape.num_layers,), (shape.intermediate_size,)).full
-    needed = required_memory_bytes(shape, full, profile.workload, profile.numerics)
-    return max(0.0, profile.budgets.memory_bytes - (needed.total - needed.weights))
+    fractions = profile.space
+    space = SearchSpace.from_fractions(shape, fractions.depth_fractions, fractions.width_fractions)
+    (low, least), (high, most) = (
+        (
+            weight_bytes(shape, subnet, profile.numerics),
+            required_memory_bytes(shape, subnet, profile.workload, profile.numerics).total,
+        )
+        for subnet in (space.smallest, space.full)
+    )
+    if most <= least:
+        return None
+    return max(0.0, low + (profile.budgets.memory_bytes - least) * (high - low) / (most - least))
 
 
 def unpruned_samples(run: Path, request: RunRequest, model: ModelFacts | None) -> tuple[Sample, ...]:
@@ -96,7 +108,7 @@ class Results:
         """The front, and the sub-network of digest ``also``, judged by budgets (the run's own by default)."""
         limits = budgets or self.request.profile.budgets
         front = front_candidates(self.data) or self._overall_front()
-        wanted = {also, self.winner_digest} if also is None else {also}
+        wanted = {also, self.winner_digest}
         extra = [c for c in self.data.candidates if c.subnet.digest in wanted and c not in front]
         return [self._pick(c, limits) for c in [*front, *extra]]
 
@@ -126,7 +138,7 @@ class Results:
     def _overall_front(self) -> list[Candidate]:
         """The best trade-offs of size and accuracy where nothing met the run's budgets."""
         able = [(c.weight_bytes, c.accuracy.value, c) for c in self.data.candidates if c.accuracy]
-        best = front_of([(float(size), accuracy) for size, accuracy, _ in able], smaller_x=True)
+        best = planar_front([(float(size), accuracy) for size, accuracy, _ in able], smaller_x=True)
         return [c for size, accuracy, c in able if (float(size), accuracy) in best]
 
     def _pick(self, candidate: Candidate, budgets: Budgets) -> Pick:

@@ -1,26 +1,20 @@
-"""A wizard over recorded facts, and screens compared with their approved pictures."""
+"""A wizard over recorded facts, which answers at once and always the same."""
 
 from __future__ import annotations
 
-import io
-import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-from rich.console import Console
 
 from compressor.device import Machine
 from compressor.errors import CompressorError, InputError
 from compressor.request import RunRequest
 from tests.tui.sample_run import STARTER
-from tui.app import Wizard, make_app
+from tui.app import DARK, Wizard, make_app
 from tui.facts import ModelFacts, PlanFacts
 from tui.probe import Probe
 
-PICTURES = Path(__file__).parent / "screens"
-UPDATE = "UPDATE_SCREENS"
 MACHINE = Machine(
     cpu_name="AMD EPYC",
     board="",
@@ -83,33 +77,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def wizard(folder: Path) -> Callable[..., Wizard]:  # noqa: ARG001
     """Builds a wizard over recorded facts."""
 
-    def build(run: Path | None = None, probe: Probe | None = None) -> Wizard:
-        app = make_app(run, probe or RecordedProbe())
+    def build(
+        run: Path | None = None, probe: Probe | None = None, theme: str = DARK, ahead: bool = False
+    ) -> Wizard:
+        app = make_app(run, probe or RecordedProbe(), theme, ahead)
         app.choices = app.choices.but(evaluations=40, tuning_minutes=4.5)
         return app
 
     return build
-
-
-@pytest.fixture
-def approved() -> Callable[[Wizard, str], None]:
-    """Compares what the screen shows with its approved picture; UPDATE_SCREENS=1 approves what is shown."""
-
-    def compare(app: Wizard, name: str) -> None:
-        path, shown = PICTURES / f"{name}.txt", screen_text(app)
-        if os.environ.get(UPDATE):
-            path.parent.mkdir(exist_ok=True)
-            path.write_text(shown, encoding="utf-8")
-        expected = path.read_text(encoding="utf-8") if path.exists() else "(nothing approved yet)"
-        assert shown == expected, f"{path.name} differs; look at it, then {UPDATE}=1 approves it"
-
-    return compare
-
-
-def screen_text(app: Wizard) -> str:
-    """The characters on the screen, line by line."""
-    width, height = app.size
-    console = Console(width=width, height=height, file=io.StringIO(), record=True, force_terminal=True)
-    update: Any = app.screen._compositor.render_update(full=True)
-    console.print(update)
-    return "\n".join(line.rstrip() for line in console.export_text().splitlines()).rstrip() + "\n"

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import pty
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from compressor.errors import InputError, PackageError, RunConflictError
@@ -164,3 +167,60 @@ def test_the_app_is_imported_without_anything_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+SLEEPER = "import time\nprint('up', flush=True)\ntime.sleep(120)\n"
+STARTER_OF_ONE = """
+import subprocess, sys, time
+command = [sys.executable, "-m", "tui.tethered", "sleeper"]
+child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+child.stdout.readline()
+print(child.pid, flush=True)
+time.sleep(120)
+"""
+
+
+def test_what_is_tethered_ends_with_a_killed_wizard(tmp_path: Path) -> None:
+    (tmp_path / "sleeper.py").write_text(SLEEPER)
+    paths = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])])
+    command = [sys.executable, "-c", STARTER_OF_ONE]
+    environment = {**os.environ, "PYTHONPATH": paths}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as wizard:
+        assert wizard.stdout is not None
+        pid = int(wizard.stdout.readline())
+        assert psutil.pid_exists(pid)
+        wizard.kill()
+    assert until(lambda: not psutil.pid_exists(pid))
+
+
+def test_a_lost_terminal_ends_the_wizard_and_not_its_run(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", 5)
+    master, slave = pty.openpty()
+    command = [sys.executable, "-m", "tui", str(folder.path)]
+    with subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, start_new_session=True) as wizard:
+        os.close(slave)
+        threading.Thread(target=drained, args=(master,), daemon=True).start()
+
+        def runs() -> list[psutil.Process]:
+            return [p for p in psutil.Process(wizard.pid).children() if "--resume" in p.cmdline()]
+
+        def pressed_until_it_runs() -> bool:
+            os.write(master, b"r")
+            return bool(runs())
+
+        assert until(pressed_until_it_runs, 60)
+        (run,) = runs()
+        wizard.send_signal(signal.SIGHUP)
+        wizard.wait(30)
+    time.sleep(0.5)
+    assert run.is_running() and run.status() != psutil.STATUS_ZOMBIE
+    run.kill()
+
+
+def drained(terminal: int) -> None:
+    """Read what is written to a terminal, so that nobody waits for it."""
+    while True:
+        try:
+            os.read(terminal, 65536)
+        except OSError:
+            return

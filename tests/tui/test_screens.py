@@ -1,160 +1,124 @@
-"""Every screen in its main states, as characters, at 80x24 and 120x40."""
+"""Every screen in its main states, as a picture, at 80x24 and 120x40.
+
+`pytest tests/tui/test_screens.py --snapshot-update` approves what is shown: look at the pictures first.
+"""
 
 from __future__ import annotations
 
-import asyncio
-import shutil
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from textual.pilot import Pilot
-from textual.widgets._footer import FooterKey
+from textual.widgets import Input
 
 from compressor.errors import InfeasibleError
 from tests.tui.conftest import RecordedProbe
+from tests.tui.driving import settle
 from tests.tui.sample_run import write_run
-from tui.app import Wizard
+from tui.app import ANSI_DARK, LIGHT, Wizard
 from tui.screens.serve import ServeStep
-from tui.screens.step import Step
 from tui.widgets.field import Field
 
-SIZES = [(80, 24), (120, 40)]
-SMALL_ONLY = {
-    "1-device-unfit",
-    "1-device-help",
-    "2-model-tasks",
-    "4-run-speed",
-    "5-choose-layers",
-    "5-choose-compare",
-    "5-choose-what-if",
+SMALL, LARGE = (80, 24), (120, 40)
+BEFORE_A_RUN = {
+    "1-device": [],
+    "2-model": ["ctrl+n"],
+    "3-plan": ["ctrl+n", "ctrl+n"],
 }
-"""Further states of a screen whose main state is looked at in both sizes."""
+FURTHER_BEFORE_A_RUN = {
+    "1-device-unfit": ["down", "down", "down"],
+    "1-device-help": ["f1"],
+    "1-device-commands": ["ctrl+p"],
+    "2-model-tasks": ["ctrl+n", "tab", "down", "down", "enter"],
+}
+OF_A_RUN: dict[str, tuple[int, list[str]]] = {
+    "4-run-stopped": (22, []),
+    "5-choose": (40, []),
+    "6-package": (40, ["ctrl+n"]),
+}
+FURTHER_OF_A_RUN: dict[str, tuple[int, list[str]]] = {
+    "4-run-speed": (22, ["v"]),
+    "5-choose-layers": (40, ["2"]),
+    "5-choose-compare": (40, ["down", "3"]),
+    "5-choose-what-if": (40, ["4"]),
+    "6-package-gguf": (40, ["ctrl+n", "shift+tab", "shift+tab", "right", "enter"]),
+}
 Build = Callable[..., Wizard]
-Approve = Callable[[Wizard, str], None]
+Compare = Callable[..., bool]
 
 
-def sized(states: list[tuple[Any, ...]]) -> list[Any]:
-    """The states, each in its sizes, as parameters of a test."""
-    return [
-        pytest.param(*state, size, id=name_of(state[0], size))
-        for state in states
-        for size in (SIZES[:1] if state[0] in SMALL_ONLY else SIZES)
-    ]
+def named(*groups: dict[str, Any]) -> list[Any]:
+    """The states as parameters: those of the first group in both sizes, further ones in the small one."""
+    main, *further = groups
+    states = [(name, value, size) for name, value in main.items() for size in (SMALL, LARGE)]
+    states += [(name, value, SMALL) for group in further for name, value in group.items()]
+    return [pytest.param(value, size, id=f"{name}-{size[0]}x{size[1]}") for name, value, size in states]
 
 
-def name_of(state: str, size: tuple[int, int]) -> str:
-    return f"{state}-{size[0]}x{size[1]}"
+def pressing(*keys: str) -> Callable[[Pilot[None]], Awaitable[None]]:
+    """Press keys, each once the one before has done its work; cursors stand still for the picture."""
 
-
-def show(app: Wizard, keys: list[str], size: tuple[int, int], approve: Callable[[Wizard], None]) -> None:
-    """Press the keys, let everything settle, and look."""
-
-    async def drive() -> None:
-        async with app.run_test(size=size) as pilot:
+    async def act(pilot: Pilot[None]) -> None:
+        await settle(pilot)
+        for key in keys:
+            await pilot.press(key)
             await settle(pilot)
-            for key in keys:
-                await pilot.press(key)
-                await settle(pilot)
-            approve(app)
+        for box in pilot.app.screen.query(Input):
+            box.cursor_blink = False
 
-    asyncio.run(drive())
+    return act
 
 
-async def settle(pilot: Pilot[None]) -> None:
-    """Wait for what was asked for, and for the footer, which is drawn last."""
-    await pilot.app.workers.wait_for_complete()
-    await pilot.pause()
-    for _ in range(100):
-        if not isinstance(pilot.app.screen, Step) or len(pilot.app.screen.query(FooterKey)):
-            break
-        await pilot.pause(0.05)
-    await pilot.pause()
+@pytest.mark.parametrize(("keys", "size"), named(BEFORE_A_RUN, FURTHER_BEFORE_A_RUN))
+def test_before_a_run(keys: list[str], size: tuple[int, int], wizard: Build, snap_compare: Compare) -> None:
+    assert snap_compare(wizard(), terminal_size=size, run_before=pressing(*keys))
 
 
-@pytest.mark.parametrize(
-    ("state", "keys", "size"),
-    sized(
-        [
-            ("1-device", []),
-            ("1-device-unfit", ["down", "down", "down"]),
-            ("1-device-help", ["f1"]),
-            ("2-model", ["ctrl+n"]),
-            ("2-model-tasks", ["ctrl+n", "tab", "down", "down", "enter"]),
-            ("3-plan", ["ctrl+n", "ctrl+n"]),
-        ]
-    ),
-)
-def test_the_steps_before_a_run(
-    state: str, keys: list[str], size: tuple[int, int], wizard: Build, approved: Approve
+@pytest.mark.parametrize(("state", "size"), named(OF_A_RUN, FURTHER_OF_A_RUN))
+def test_of_a_run(
+    state: tuple[int, list[str]], size: tuple[int, int], wizard: Build, snap_compare: Compare
 ) -> None:
-    show(wizard(), keys, size, lambda app: approved(app, name_of(state, size)))
+    evaluations, keys = state
+    folder = write_run(Path("runs/sample"), evaluations)
+    assert snap_compare(wizard(folder.path), terminal_size=size, run_before=pressing(*keys))
 
 
-@pytest.mark.parametrize(
-    ("state", "evaluations", "keys", "size"),
-    sized(
-        [
-            ("4-run-stopped", 22, []),
-            ("4-run-speed", 22, ["v"]),
-            ("5-choose-chart", 40, []),
-            ("5-choose-layers", 40, ["2"]),
-            ("5-choose-compare", 40, ["down", "3"]),
-            ("5-choose-what-if", 40, ["4"]),
-            ("6-package", 40, ["ctrl+n"]),
-        ]
-    ),
-)
-def test_the_steps_of_an_opened_run(
-    state: str,
-    evaluations: int,
-    keys: list[str],
-    size: tuple[int, int],
-    wizard: Build,
-    approved: Approve,
-) -> None:
-    write_run(Path("runs/sample"), evaluations)
-    show(wizard(Path("runs/sample")), keys, size, lambda app: approved(app, name_of(state, size)))
+@pytest.mark.parametrize("theme", [LIGHT, ANSI_DARK])
+def test_in_light_and_in_16_colours(theme: str, wizard: Build, snap_compare: Compare) -> None:
+    folder = write_run(Path("runs/sample"))
+    assert snap_compare(wizard(folder.path, theme=theme), terminal_size=SMALL, run_before=pressing())
 
 
-@pytest.mark.parametrize("size", SIZES[:1], ids=str)
-def test_a_plan_that_cannot_be(size: tuple[int, int], wizard: Build, approved: Approve) -> None:
+def test_a_plan_that_cannot_be(wizard: Build, snap_compare: Compare) -> None:
     probe = RecordedProbe(InfeasibleError("no sub-network meets the memory budget of 0.01 GiB: raise it"))
-    app = wizard(probe=probe)
-    show(app, ["ctrl+n", "ctrl+n"], size, lambda app: approved(app, name_of("3-plan-infeasible", size)))
+    assert snap_compare(wizard(probe=probe), terminal_size=SMALL, run_before=pressing("ctrl+n", "ctrl+n"))
 
 
-@pytest.mark.parametrize("size", SIZES[:1], ids=str)
-def test_a_run_that_failed(size: tuple[int, int], wizard: Build, approved: Approve) -> None:
+def test_a_run_that_failed(wizard: Build, snap_compare: Compare) -> None:
     folder = write_run(Path("runs/sample"), 5)
     folder.log.write_text("Searching sub-networks ...\nerror: the disk is full: free some and run again\n")
-    app = wizard(Path("runs/sample"))
-    show(app, [], size, lambda app: approved(app, name_of("4-run-failed", size)))
+    assert snap_compare(wizard(folder.path), terminal_size=SMALL, run_before=pressing())
 
 
-@pytest.mark.parametrize("size", SIZES, ids=str)
-def test_before_the_endpoint_is_started(size: tuple[int, int], wizard: Build, approved: Approve) -> None:
+@pytest.mark.parametrize("size", [SMALL, LARGE], ids=["80x24", "120x40"])
+def test_before_the_endpoint_is_started(size: tuple[int, int], wizard: Build, snap_compare: Compare) -> None:
     folder = write_run(Path("runs/sample"))
     app = wizard(folder.path)
-    shutil.rmtree(folder.package, ignore_errors=True)
 
-    def look(app: Wizard) -> None:
-        approved(app, name_of("7-serve", size))
+    async def serve(pilot: Pilot[None]) -> None:
+        await settle(pilot)
+        app.package = folder.package
+        app.go("serve")
+        await settle(pilot)
+        assert isinstance(app.screen, ServeStep)
+        app.screen.query_one("#field-key", Field).show("sample-key")
+        app.screen.refresh_facts()
+        await pressing()(pilot)
 
-    async def drive() -> None:
-        async with app.run_test(size=size) as pilot:
-            await settle(pilot)
-            app.package = folder.package
-            app.go("serve")
-            await settle(pilot)
-            assert isinstance(app.screen, ServeStep)
-            app.screen.query_one("#field-key", Field).show("sample-key")
-            await settle(pilot)
-            look(app)
-
-    asyncio.run(drive())
+    assert snap_compare(app, terminal_size=size, run_before=serve)
 
 
-def test_a_terminal_that_is_too_small_is_told_so(wizard: Build, approved: Approve) -> None:
-    show(wizard(), [], (60, 20), lambda app: approved(app, "too-small-60x20"))
+def test_a_terminal_that_is_too_small(wizard: Build, snap_compare: Compare) -> None:
+    assert snap_compare(wizard(), terminal_size=(60, 20), run_before=pressing())

@@ -6,22 +6,22 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from compressor import events
+from compressor.engines.memory import required_memory_bytes
 from compressor.errors import InputError
 from compressor.request import stored_request, understand
 from compressor.runfolder import RunFolder
-from compressor.space import SubNetwork
-from tests.tui.sample_run import BEGAN, SHAPE, request, run_events, space, write_run
+from compressor.space import SubNetwork, weight_bytes
+from tests.tui.sample_run import BEGAN, SHAPE, STARTER, request, run_events, space, write_run
 from tui import words
-from tui.charts import Sample, front_of, make_chart
+from tui.charts import Sample, make_chart
 from tui.choices import Choices, of_request
 from tui.follow import EventFile
+from tui.helptext import styled
 from tui.probe import understood
 from tui.progress import RunProgress
-from tui.results import read_results
+from tui.results import read_results, weight_budget_bytes
 from tui.widgets.architecture import drawing
 
 
@@ -99,16 +99,6 @@ def test_a_resumed_run_shows_its_stages_in_the_order_of_the_last_start() -> None
     assert progress.verdict is None
 
 
-@given(st.lists(st.tuples(st.floats(0, 100), st.floats(0, 100)), max_size=30), st.booleans())
-def test_the_front_is_what_nothing_beats(dots: list[tuple[float, float]], smaller_x: bool) -> None:
-    def beats(a: tuple[float, float], b: tuple[float, float]) -> bool:
-        better_x = a[0] <= b[0] if smaller_x else a[0] >= b[0]
-        return a != b and better_x and a[1] >= b[1]
-
-    expected = {d for d in dots if not any(beats(other, d) for other in dots)}
-    assert set(front_of(dots, smaller_x)) == expected
-
-
 def test_what_was_not_measured_is_not_drawn() -> None:
     samples = [Sample(0.5, 2**20, None), Sample(None, 2**20, 1.0)]
     assert make_chart("size", "Accuracy", samples).front == ((1.0, 50.0),)
@@ -126,6 +116,37 @@ def test_what_if_picks_by_the_runs_own_rule_and_says_what_is_missed(tmp_path: Pa
     nothing = results.what_if(own.model_copy(update={"tpot_ms": 0.1}))
     assert nothing.digest is None
     assert "each token at" in nothing.text
+
+
+def test_where_nothing_meets_the_budgets_the_best_trade_offs_are_shown(
+    tmp_path: Path,
+) -> None:
+    folder = write_run(tmp_path / "run")
+    data = json.loads(folder.front.read_text())
+    for candidate in data["candidates"]:
+        candidate.update(on_front=False, status="infeasible")
+    folder.front.write_text(json.dumps(data))
+    results = read_results(folder.path, SHAPE)
+    picks = results.picks()
+    assert results.winner_digest in {pick.digest for pick in picks}
+    ranked = sorted(picks, key=lambda pick: pick.candidate.weight_bytes)
+    scores = [pick.candidate.accuracy.value for pick in ranked if pick.candidate.accuracy]
+    assert len(picks) > 3 and scores == sorted(scores)
+
+
+def test_the_budgets_line_stands_where_memory_meets_the_budget() -> None:
+    asked, subnets = request(), (space().smallest, space().full)
+    for subnet in subnets:
+        needed = required_memory_bytes(SHAPE, subnet, asked.profile.workload).total
+        budgets = asked.profile.budgets.model_copy(update={"memory_gib": needed / 2**30})
+        profile = asked.profile.model_copy(update={"budgets": budgets})
+        line = weight_budget_bytes(asked.model_copy(update={"profile": profile}), STARTER)
+        assert line == pytest.approx(weight_bytes(SHAPE, subnet, "int8"), rel=1e-4)
+
+
+def test_help_is_styled_without_its_marks() -> None:
+    shown = styled("# Title\n\nwith **bold** and `code`\nin one line\n- *one*: 1\n- [two]")
+    assert shown.plain == "Title\n\nwith bold and code in one line\n• one: 1\n• [two]"
 
 
 def test_a_damaged_result_is_named(tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ COLUMNS = (
     "Budgets\nM F E",
     "Layers\n",
 )
+COMPARED = ("Model", "Accuracy %", "MiB", "First ms", "Each ms", "tok/s")
 SORTS = (
     ("accuracy", lambda p: -(p.candidate.accuracy.value if p.candidate.accuracy else 0)),
     ("weights", lambda p: p.candidate.weight_bytes),
@@ -79,7 +80,6 @@ class ChooseStep(Step):
             with TabPane("2 Layers", id="layers"):
                 yield Architecture()
             with TabPane("3 Compare", id="compare"), VerticalScroll():
-                yield DataTable(id="references", cursor_type="none", header_height=2)
                 yield Line("", id="tests", markup=False)
             with TabPane("4 What if", id="what-if"):
                 for label, name, unit in WHAT_IF:
@@ -88,7 +88,6 @@ class ChooseStep(Step):
 
     def on_mount(self) -> None:
         self.query_one("#table", DataTable).add_columns(*COLUMNS)
-        self.query_one("#references", DataTable).add_columns("Model\n", *COLUMNS[1:3], *COLUMNS[4:7])
 
     def refresh_facts(self) -> None:
         run = self.wizard.choices.run
@@ -163,7 +162,7 @@ class ChooseStep(Step):
             self.query_one(f"#field-{name}", Field).show(own[name])
         self.budgets, self.also = None, None
         self._fill_table(self.results.winner_digest)
-        self._pick_again()
+        self.query_one("#verdict", Line).update("Change a budget: the best of what was evaluated is picked.")
         self.query_one("#table").focus()
 
     def _reread_if_written(self) -> None:
@@ -214,13 +213,10 @@ class ChooseStep(Step):
     def _compare(self, pick: Pick) -> None:
         assert self.results is not None
         data = self.results.data
-        table = self.query_one("#references", DataTable)
-        table.clear()
         own = pick.candidate
-        table.add_row(*comparison("this one", own.accuracy, own.weight_bytes, own.speed))
-        for r in data.references:
-            table.add_row(*comparison(r.name, r.search_accuracy, r.weight_bytes, r.speed))
-        lines = []
+        rows = [COMPARED, comparison("this one", own.accuracy, own.weight_bytes, own.speed)]
+        rows += [comparison(r.name, r.search_accuracy, r.weight_bytes, r.speed) for r in data.references]
+        lines = [aligned(row) for row in rows] + [""]
         whole = data.reference(data.numerics)
         if whole is not None:
             ratio = whole.weight_bytes / own.weight_bytes
@@ -282,6 +278,14 @@ def comparison(name: str, score: Score | None, weight_bytes: int, speed: Speed |
         words.significant(weight_bytes / MIB),
         *speed_cells(speed),
     )
+
+
+def aligned(row: tuple[str, ...]) -> str:
+    """A line of the comparison with its cells under each other."""
+    name, *figures = row
+    widths = (12, 9, 10, 9, 9)
+    cells = (f"{figure:>{width}}" for figure, width in zip(figures, widths, strict=True))
+    return f"{name:<26}" + "".join(cells)
 
 
 def speed_cells(speed: Speed | None) -> tuple[str, ...]:

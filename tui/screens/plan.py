@@ -120,7 +120,8 @@ class PlanStep(Step):
     def _show_line(self) -> None:
         try:
             line = self.wizard.choices.command_line()
-            self._field("run").show(str(self.wizard.choices.run_folder))
+            if not self._field("run").input.has_focus:
+                self._field("run").show(str(self.wizard.choices.run_folder))
         except CompressorError as error:
             line = f"({error})"
         self.query_one("#line", Line).update(line)

@@ -49,6 +49,7 @@ class RunStep(Step):
         self.run: BackgroundRun | None = None
         self.unpruned: tuple[Sample, ...] = ()
         self.logged = 0
+        self.was_alive = False
 
     def content(self) -> ComposeResult:
         yield Stages("No run has been started: go back to the plan, or open one with Ctrl+O.", id="stages")
@@ -98,6 +99,18 @@ class RunStep(Step):
         if not self.wizard.has_result:
             return "there is nothing to choose from yet: wait for the run's end, or stop it"
         return ""
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        """Keys that do nothing at the moment are not shown."""
+        alive = self.run is not None and self.run.alive
+        stopped = not alive and self.events is not None and not self.wizard.has_result
+        able = {
+            "pause": alive,
+            "stop": alive,
+            "restart": stopped,
+            "finish": stopped and bool(self.progress.points),
+        }
+        return able.get(action, True) and super().check_action(action, parameters)
 
     def action_view(self) -> None:
         self.view = VIEWS[1 - VIEWS.index(self.view)]
@@ -160,6 +173,9 @@ class RunStep(Step):
             self._show_chart()
 
     def _show_buttons(self, alive: bool) -> None:
+        if alive != self.was_alive:
+            self.was_alive = alive
+            self.refresh_bindings()
         paused = alive and self.run is not None and self.run.paused
         pause = self.query_one("#pause", Button)
         pause.display = alive

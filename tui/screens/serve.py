@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import shlex
 from pathlib import Path
 from typing import ClassVar
 
@@ -16,7 +17,7 @@ from textual.worker import get_current_worker
 from compressor.errors import CompressorError
 from compressor.manifest import read_manifest
 from tui import words
-from tui.endpoint import Endpoint, Reply
+from tui.endpoint import Endpoint, Reply, refuse_taken_port
 from tui.screens.step import Step
 from tui.widgets.field import Field
 from tui.widgets.line import Line
@@ -50,6 +51,7 @@ class ServeStep(Step):
                 yield Button("Start", id="toggle", variant="success", compact=True)
             yield Line("", id="where", markup=False)
             yield Line("", id="curl", markup=False)
+            yield Line("", id="shell", markup=False)
             yield Line("", id="live", markup=False)
         yield VerticalScroll(id="chat", can_focus=False)
         yield Input(placeholder="Say something to the model, then Enter", id="prompt", compact=True)
@@ -66,6 +68,7 @@ class ServeStep(Step):
             return
         if self.endpoint is None or not self.endpoint.alive:
             self.query_one("#where", Line).update(f"Package  {package}")
+            self._show_line()
             self.query_one("#toggle").focus()
         self._show_live()
 
@@ -91,6 +94,7 @@ class ServeStep(Step):
 
     def on_field_changed(self, event: Field.Changed) -> None:
         self.say(event.error, "error")
+        self._show_line()
 
     def on_input_submitted(self, event: Input.Submitted) -> None:
         text = event.value.strip()
@@ -118,15 +122,28 @@ class ServeStep(Step):
     def _package(self) -> Path | None:
         return self.wizard.package
 
-    def _start(self) -> None:
+    def _asked(self) -> tuple[object, str]:
+        """Port and key as they stand in the fields."""
         port, key = (self.query_one(f"#field-{name}", Field).value for name in ("port", "key"))
+        return port, str(key or "")
+
+    def _show_line(self) -> None:
+        """The command line that starts the same endpoint without the wizard."""
+        port, key = self._asked()
+        if self._package is not None and isinstance(port, int):
+            line = shlex.join(["compress", *Endpoint(self._package, port, key).serve_arguments()])
+            self.query_one("#shell", Line).update(line)
+
+    def _start(self) -> None:
+        port, key = self._asked()
         package = self._package
         if package is None or not isinstance(port, int):
             self.say("give a port" if package else "there is no package yet", "error")
             return
         self.stop_endpoint()
-        self.endpoint = self.wizard.endpoint = Endpoint(package, port, str(key or ""))
+        self.endpoint = self.wizard.endpoint = Endpoint(package, port, key)
         try:
+            refuse_taken_port(port)
             self.model_name = read_manifest(package).name
             self.endpoint.start()
         except CompressorError as error:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 from textual.app import ComposeResult
 from textual.binding import BindingType
 from textual.containers import Horizontal, Vertical
+from textual.events import ScreenResume
 from textual.screen import Screen
 from textual.widgets import Button, Static
 
@@ -29,6 +30,9 @@ class Step(Screen[None]):
         ("escape", "back", "Back"),
         ("ctrl+n", "next", "Next"),
     ]
+
+    _styled_in = ""
+    """The theme that the styles were last worked out for."""
 
     @property
     def wizard(self) -> Wizard:
@@ -74,7 +78,10 @@ class Step(Screen[None]):
         if look not in line.classes or not look:
             line.set_classes(look)
 
-    def on_screen_resume(self) -> None:
+    def on_screen_resume(self, event: ScreenResume) -> None:
+        """Show the facts of now. Styles are worked out anew only where the look changed meanwhile."""
+        event.refresh_styles = self._styled_in not in ("", self.app.theme)
+        self._styled_in = self.app.theme
         self.refresh_facts()
 
     def on_button_pressed(self, event: Button.Pressed) -> None:
