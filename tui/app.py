@@ -13,7 +13,6 @@ from textual import work
 from textual.app import App, SystemCommand
 from textual.binding import Binding, BindingType
 from textual.command import CommandInput, CommandList, CommandPalette, SearchIcon
-from textual.containers import VerticalScroll
 from textual.events import Resize
 from textual.screen import Screen
 from textual.widgets import LoadingIndicator
@@ -50,7 +49,10 @@ class Wizard(App[None]):
 
     TITLE = "edge-compressor"
     CSS_PATH = "app.tcss"
-    SCREENS: ClassVar[dict[str, Callable[[], Screen[Any]]]] = {name: step_factory(name) for name, _ in STEPS}
+    SCREENS: ClassVar[dict[str, Callable[[], Screen[Any]]]] = {
+        **{name: step_factory(name) for name, _ in STEPS},
+        "help": HelpDialog,
+    }
     HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (110, "-wide")]  # noqa: RUF012 - as the base class declares it
     VERTICAL_BREAKPOINTS = [(0, "-low"), (34, "-tall")]  # noqa: RUF012
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -128,12 +130,12 @@ class Wizard(App[None]):
         """Build what was not shown yet, while the person reads, so that every screen comes at once."""
         for module in HEAVY:
             await asyncio.to_thread(import_module, module)
-        for name, _ in STEPS:
+        for name in self.SCREENS:
             _, mounted = self._get_screen(name)
             await mounted()
             await asyncio.sleep(BREATH_S)
         windows = (CommandPalette(), SearchIcon(), CommandInput(), CommandList(), LoadingIndicator())
-        for widget in (*windows, HelpDialog(""), VerticalScroll()):
+        for widget in windows:
             widget._post_register(self)
         self.stylesheet.parse()
         gc.collect()
@@ -171,11 +173,14 @@ class Wizard(App[None]):
         elif shown and not too_small:
             self.pop_screen()
 
-    def action_help(self) -> None:
+    async def action_help(self) -> None:
         if isinstance(self.screen, HelpDialog):
             self.pop_screen()
         elif isinstance(self.screen, Step):
-            self.push_screen(HelpDialog(HELP[self.screen.step]))
+            text = HELP[self.screen.step]
+            await self.push_screen("help")
+            assert isinstance(self.screen, HelpDialog)
+            self.screen.tell(text)
 
     def action_toggle_theme(self) -> None:
         pairs = {DARK: LIGHT, LIGHT: DARK, ANSI_DARK: ANSI_LIGHT, ANSI_LIGHT: ANSI_DARK}

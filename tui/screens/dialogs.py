@@ -16,25 +16,27 @@ from textual.widgets.option_list import Option
 
 from compressor.runfolder import RUN_FILE
 from tui.helptext import styled
+from tui.screens.kept import Kept
+from tui.widgets.line import Line
 
 Leaving = Literal["leave", "stop", "stay"]
 RUNS = Path("runs")
 
 
-class HelpDialog(ModalScreen[None]):
-    """What a step is for and which keys it knows."""
+class HelpDialog(Kept[None], ModalScreen[None]):
+    """What a step is for and which keys it knows. One for all steps: ``tell`` changes its text."""
 
-    BINDINGS: ClassVar[list[BindingType]] = [("escape,q,f1", "dismiss", "Close")]
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.text = text
+    BINDINGS: ClassVar[list[BindingType]] = [("escape,q,f1", "app.pop_screen", "Close")]
 
     def compose(self) -> ComposeResult:
         with Vertical(classes="dialog dialog-large"):
             with VerticalScroll():
-                yield Static(styled(self.text))
+                yield Line("", id="help")
             yield Label("Esc closes", classes="hint")
+
+    def tell(self, text: str) -> None:
+        self.query_one("#help", Line).update(styled(text))
+        self.query_one(VerticalScroll).scroll_home(animate=False)
 
 
 class LeaveDialog(ModalScreen[Leaving]):

@@ -16,6 +16,7 @@ from tui import words
 from tui.facts import ModelFacts
 from tui.screens.dialogs import PathDialog
 from tui.screens.step import Step
+from tui.widgets.choice import Choice
 from tui.widgets.field import Field
 from tui.widgets.line import Line
 
@@ -205,7 +206,7 @@ def radio(group: str, choices: tuple[tuple[str, str], ...]) -> ComposeResult:
     """A group of radio buttons with the first one pressed."""
     with RadioSet(id=group, compact=True):
         for number, (name, text) in enumerate(choices):
-            yield RadioButton(text, value=number == 0, id=f"{group}-{name}")
+            yield Choice(text, value=number == 0, id=f"{group}-{name}")
 
 
 def press(screen: Step, group: str, name: str) -> None:

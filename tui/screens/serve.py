@@ -59,7 +59,7 @@ class ServeStep(Step):
     def on_mount(self) -> None:
         self.query_one("#field-port", Field).show(DEFAULT_PORT)
         self.query_one("#field-key", Field).show(secrets.token_urlsafe(9))
-        self.set_interval(LOOK_EVERY_S, self._show_live)
+        self.set_interval(LOOK_EVERY_S, self._look)
 
     def refresh_facts(self) -> None:
         package = self._package
@@ -205,6 +205,10 @@ class ServeStep(Step):
         else:
             self.messages.pop()
             shown.update("(no answer)")
+
+    def _look(self) -> None:
+        if self.is_current:
+            self._show_live()
 
     def _show_live(self) -> None:
         alive = self.endpoint is not None and self.endpoint.alive

@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, ClassVar
 from textual.app import ComposeResult
 from textual.binding import BindingType
 from textual.containers import Horizontal, Vertical
-from textual.events import ScreenResume
-from textual.screen import Screen
 from textual.widgets import Button, Static
 
+from tui.screens.kept import Kept
 from tui.widgets.keys import Keys
 from tui.widgets.line import Line
 from tui.widgets.trail import STEPS, Trail
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 NAMES = [name for name, _ in STEPS]
 
 
-class Step(Screen[None]):
+class Step(Kept[None]):
     """One step of the wizard. Subclasses compose their content and say whether one may go on."""
 
     step: ClassVar[str]
@@ -30,9 +29,6 @@ class Step(Screen[None]):
         ("escape", "back", "Back"),
         ("ctrl+n", "next", "Next"),
     ]
-
-    _styled_in = ""
-    """The theme that the styles were last worked out for."""
 
     @property
     def wizard(self) -> Wizard:
@@ -78,10 +74,7 @@ class Step(Screen[None]):
         if look not in line.classes or not look:
             line.set_classes(look)
 
-    def on_screen_resume(self, event: ScreenResume) -> None:
-        """Show the facts of now. Styles are worked out anew only where the look changed meanwhile."""
-        event.refresh_styles = self._styled_in not in ("", self.app.theme)
-        self._styled_in = self.app.theme
+    def on_screen_resume(self) -> None:
         self.refresh_facts()
 
     def on_button_pressed(self, event: Button.Pressed) -> None:
