@@ -146,7 +146,7 @@ def test_a_run_at_work_is_paused_and_stopped_by_keys(wizard: Build) -> None:
             await pilot.pause(0.6)
             assert not run.paused and message(app) == ""
             await press(pilot, "s")
-            assert holder.wait(30) == 130
+            assert holder.wait(240) == 130
             await pilot.pause(1.0)
             assert "R goes on, F finishes" in message(app)
 
