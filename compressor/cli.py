@@ -109,6 +109,9 @@ def compress(
         int | None, typer.Option(help="CPU threads of the engine [default: all cores].")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random [default: 0].")] = None,
+    cluster: Annotated[
+        str, typer.Option(help="Ray cluster whose node `profile/NAME` measures, HOST:PORT.")
+    ] = "",
     version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
 ) -> None:
     """Make a LLaMA-family model fit the hardware you own, and serve it.
@@ -233,6 +236,21 @@ def serve(
 ) -> None:
     """Serve a package behind an OpenAI-compatible endpoint; further flags: `python -m serve --help`."""
     os.execv(sys.executable, [sys.executable, "-m", "serve", str(package), *context.args])
+
+
+@app.command()
+def join(
+    address: Annotated[str, typer.Argument(help="Ray cluster's head, HOST:PORT.")],
+    profile: Annotated[str, typer.Option(help="Profile whose device this machine is.")],
+) -> None:
+    """Lend this machine to a cluster as a profile's device; Ctrl-C takes it back.
+
+    Start the head with `ray start --head`, then `compress --profile NAME --cluster HOST:6379` measures here.
+    """
+    from compressor.cluster import join as command
+
+    argv = command(address, profile)
+    os.execv(argv[0], argv)
 
 
 @app.command()

@@ -21,7 +21,7 @@ DEFAULT_PROFILE = "auto"
 EFFORT_FLAGS = tuple(field.name for field in fields(Effort))
 BUDGET_FLAGS = {"memory_budget": "memory_gib", "ttft_budget": "ttft_ms", "tpot_budget": "tpot_ms"}
 WORKLOAD_FLAGS = ("prompt_tokens", "output_tokens", "concurrency")
-PLAIN_FLAGS = ("model", "num_fewshot", "limit", "train_data", "threads", "seed")
+PLAIN_FLAGS = ("model", "num_fewshot", "limit", "train_data", "threads", "seed", "cluster")
 
 
 class RunRequest(BaseModel):
@@ -41,6 +41,7 @@ class RunRequest(BaseModel):
     algorithm: Algorithm = "linas"
     threads: int | None = None
     seed: int = 0
+    cluster: str = ""
 
     @property
     def scores_agreement(self) -> bool:

@@ -12,10 +12,14 @@ from typing import Any
 
 import psutil
 
+from compressor.engines.energy import EnergyMeter
+from compressor.errors import UnfitMachineError
+
 OTHER_LOAD_SHARE = 0.1
 """Share of the cores that other processes may use before figures are marked."""
 
 WATCH_SECONDS = 0.25
+CLOCK_JUMP_SECONDS = 1.0
 CPU_FOLDER = Path("/sys/devices/system/cpu")
 CGROUP_STAT = Path("/sys/fs/cgroup/cpu.stat")
 
@@ -53,6 +57,18 @@ def host_faults(
     return faults
 
 
+def require_free_memory(
+    needed_bytes: int, available_bytes: Callable[[], int] = lambda: int(psutil.virtual_memory().available)
+) -> None:
+    """Raise ``UnfitMachineError`` before something is loaded that does not fit what is free."""
+    free = available_bytes()
+    if free < needed_bytes:
+        raise UnfitMachineError(
+            f"{needed_bytes / 2**30:.2f} GiB of memory are needed and {free / 2**30:.2f} GiB are free: "
+            "close other programs, or lower --memory-budget"
+        )
+
+
 def others_share() -> float:
     """Share of all cores' time that other processes use, 0 to 1, watched for ``WATCH_SECONDS``."""
     watch = HostWatch()
@@ -66,6 +82,8 @@ class HostWatch:
     def __init__(self) -> None:
         self._process = psutil.Process()
         self._began = time.monotonic()
+        self._clock = time.time()
+        self._energy = EnergyMeter()
         self._busy, self._mine = _busy_seconds(), self._own_seconds()
         self._throttled = throttled_periods()
 
@@ -76,7 +94,8 @@ class HostWatch:
         return max(0.0, others / elapsed / (os.cpu_count() or 1))
 
     def marks(self) -> dict[str, Any]:
-        """What a figure taken meanwhile carries: others' share, and ``unfit`` with the reasons, if any."""
+        """What a figure taken meanwhile carries: others' share, the energy used where the device reports
+        it, and ``unfit`` with the reasons, if any."""
         share = self.others_share()
         throttled = throttled_periods() - self._throttled
         reasons = []
@@ -84,7 +103,15 @@ class HostWatch:
             reasons.append(f"other processes used {share:.0%} of the cores")
         if throttled:
             reasons.append(f"the CPU was throttled {throttled} times")
-        return {"others_share": round(share, 3), **({"unfit": reasons} if reasons else {})}
+        jump = (time.time() - self._clock) - (time.monotonic() - self._began)
+        if abs(jump) > CLOCK_JUMP_SECONDS:
+            reasons.append(f"the clock jumped by {jump:+.0f} s, as when a machine sleeps or its time is set")
+        joules = self._energy.joules()
+        return {
+            "others_share": round(share, 3),
+            **({} if joules is None else {"energy_j": round(joules, 3)}),
+            **({"unfit": reasons} if reasons else {}),
+        }
 
     def _own_seconds(self) -> float:
         times = self._process.cpu_times()

@@ -6,8 +6,8 @@ two models that took turns hardly does.
 
 from __future__ import annotations
 
-import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from compressor.engines.bench import PRECISION, Runner, Timings, relative_interval, time_once, warm_up
@@ -16,7 +16,8 @@ from compressor.profile import Workload
 
 @dataclass(frozen=True)
 class Ratio:
-    """Candidate over reference, medians of the turns' ratios, with the 95% intervals' relative widths."""
+    """Candidate over reference, each by the lower quartile of its turns: whatever disturbs a machine adds
+    time and never takes any away. With the relative widths of the 95% intervals of the turns' ratios."""
 
     ttft: float
     tpot: float
@@ -44,7 +45,8 @@ def time_pair(
 ) -> tuple[Timings, Timings, Ratio]:
     """Time both on the workload in turns until the ratios are known to ``PRECISION`` or time is up.
 
-    Who goes first changes from turn to turn.
+    Who goes first changes from turn to turn. A model's turn begins with a prefill that is not timed: what
+    the other left in the CPU's caches is not what it finds when it serves alone.
     """
     mine, theirs = Timings(), Timings()
     for runner in (candidate, reference):
@@ -53,6 +55,7 @@ def time_pair(
     while True:
         turn = [(candidate, mine), (reference, theirs)]
         for runner, timings in turn if mine.repeats % 2 == 0 else reversed(turn):
+            runner.prefill()
             time_once(runner, workload, timings)
         late = time.perf_counter() - start >= max_seconds
         if mine.repeats >= min_turns and (late or _settled(mine, theirs)):
@@ -60,15 +63,24 @@ def time_pair(
 
 
 def ratio_of(candidate: Timings, reference: Timings) -> Ratio:
-    """The ratio of two models' timings, turn by turn."""
+    """The ratio of two models' timings that were taken in turns."""
     ttft, tpot = _ratios(candidate, reference)
     return Ratio(
-        ttft=statistics.median(ttft),
-        tpot=statistics.median(tpot) if tpot else 1.0,
+        ttft=_quick(candidate.prefills) / _quick(reference.prefills),
+        tpot=_quick(candidate.rounds) / _quick(reference.rounds) if tpot else 1.0,
         ttft_interval=relative_interval(ttft),
         tpot_interval=relative_interval(tpot) if tpot else 0.0,
         turns=len(ttft),
     )
+
+
+def _quick(values: Sequence[float]) -> float:
+    """The lower quartile, interpolated."""
+    ordered = sorted(values)
+    place = 0.25 * (len(ordered) - 1)
+    low = int(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
 
 
 def _ratios(candidate: Timings, reference: Timings) -> tuple[list[float], list[float]]:

@@ -7,7 +7,7 @@ are not negative. Fitted by non-negative least squares on relative errors.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,9 @@ from scipy.optimize import nnls
 from compressor.space import SearchSpace, SubNetwork
 
 MIN_MEASUREMENTS = 4
+SPARE_MEASUREMENTS = 3
+"""Measurements of a panel beyond the coefficients that it has to tell, so that its error can be stated."""
+
 Array = npt.NDArray[np.float64]
 
 
@@ -27,6 +30,14 @@ class SpeedEstimate:
     ttft_ms: float
     tpot_ms: float
     error: float
+
+    @property
+    def lucky_ttft_ms(self) -> float:
+        return self.ttft_ms * max(0.0, 1 - self.error)
+
+    @property
+    def lucky_tpot_ms(self) -> float:
+        return self.tpot_ms * max(0.0, 1 - self.error)
 
 
 @dataclass(frozen=True)
@@ -46,21 +57,43 @@ class SpeedModel:
     def surely_over(self, subnet: SubNetwork, ttft_ms: float, tpot_ms: float) -> bool:
         """Whether even the lucky end of the estimate breaks a limit."""
         estimate = self.predict(subnet)
-        lucky = 1 - self.error
-        return estimate.ttft_ms * lucky > ttft_ms or estimate.tpot_ms * lucky > tpot_ms
+        return estimate.lucky_ttft_ms > ttft_ms or estimate.lucky_tpot_ms > tpot_ms
+
+    def least(self, subnet: SubNetwork, bits: Sequence[int]) -> SpeedEstimate:
+        """The estimate with every layer in whichever of ``bits`` is fastest for it.
+
+        Never above ``predict`` of the same layers and widths in those bits, and it grows with layers and
+        neurons alone, as an exact constraint of a search must.
+        """
+        ttft, tpot = (
+            times[0]
+            + sum(min(_layer_time(times, width, choice) for choice in bits) for width in subnet.widths)
+            for times in (self.ttft, self.tpot)
+        )
+        return SpeedEstimate(ttft, tpot, self.error)
 
 
-def panel(space: SearchSpace) -> list[SubNetwork]:
-    """About six sub-networks that tell every coefficient: corners of the space and its middle."""
-    depths, widths, bits = space.depths, space.widths, space.bits
-    corners = [
-        space.uniform(depth, width, bits[-1])
-        for depth in (depths[-1], depths[0])
-        for width in (widths[-1], widths[0])
-    ]
-    middle = space.uniform(depths[len(depths) // 2], widths[len(widths) // 2], bits[-1])
-    few_bits = [space.uniform(d, w, bits[0]) for d, w in ((depths[-1], widths[-1]), (depths[0], widths[0]))]
-    return list(dict.fromkeys([*corners, middle, *few_bits]))
+def panel(space: SearchSpace, allows: Callable[[SubNetwork], bool] = lambda _: True) -> list[SubNetwork]:
+    """Six sub-networks (eight where bits differ) that tell every coefficient, of uniform width, if allowed.
+
+    The smallest first, then each time the one that adds most to what the others tell: the determinant
+    of the information matrix (D-optimal design, greedily).
+    """
+    choices = [subnet for subnet in space.uniform_subnetworks() if allows(subnet)]
+    if not choices:
+        return []
+    rows = np.stack([_features(subnet) for subnet in choices])
+    rows = rows / np.maximum(rows.max(axis=0), 1.0)
+    information = np.outer(rows[0], rows[0]) + 1e-3 * np.eye(rows.shape[1])
+    taken = [0]
+    size = int(np.count_nonzero(rows.max(axis=0))) + SPARE_MEASUREMENTS
+    for _ in range(min(size, len(choices)) - 1):
+        left = [i for i in range(len(choices)) if i not in taken]
+        gains = [np.linalg.det(information + np.outer(rows[i], rows[i])) for i in left]
+        best = left[int(np.argmax(gains))]
+        information += np.outer(rows[best], rows[best])
+        taken.append(best)
+    return [choices[i] for i in taken]
 
 
 def fit_speed(
@@ -75,6 +108,11 @@ def fit_speed(
         coefficients.append(tuple(_fit(rows, values)))
         errors += _left_out_errors(rows, values)
     return SpeedModel(coefficients[0], coefficients[1], float(np.quantile(errors, 0.9)), len(subnets))
+
+
+def _layer_time(coefficients: Sequence[float], width: int, bits: int) -> float:
+    place = 1 if bits == 8 else 3
+    return coefficients[place] + coefficients[place + 1] * width
 
 
 def _features(subnet: SubNetwork) -> Array:

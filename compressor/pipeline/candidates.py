@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from compressor.engines.memory import required_memory_bytes
-from compressor.errors import CompressorError
+from compressor.errors import CompressorError, UnfitMachineError
 from compressor.evaluation.score import CONFIDENCE_Z, Score, paired_difference
-from compressor.ledger import Key, Ledger, Row
+from compressor.ledger import Key, Ledger, Row, Status
 from compressor.measurement import Measurement
 from compressor.profile import Workload
 from compressor.search.front import Tied
@@ -18,6 +18,7 @@ from compressor.search.problem import Outcome
 from compressor.space import ModelShape, Numerics, SubNetwork, weight_bytes
 
 MEASURE = "measure"
+PREDICTED = "measure:predicted"
 
 ScoreFunction = Callable[[SubNetwork], Score]
 BenchFunction = Callable[[SubNetwork], Measurement]
@@ -44,6 +45,10 @@ class Terms:
             subnet.digest, self.weights, MEASURE, self.numerics, self.device, self.engine, self.workload.label
         )
 
+    def predicted_key(self, subnet: SubNetwork) -> Key:
+        """Of a sub-network that was not built because its predicted speed breaks a budget."""
+        return replace(self.speed_key(subnet), task=PREDICTED)
+
     def memory_bytes(self, subnet: SubNetwork) -> int:
         """Bytes that serving the workload takes."""
         return required_memory_bytes(self.shape, subnet, self.workload, self.numerics).total
@@ -56,8 +61,8 @@ class Terms:
         }
         for row in rows:
             values.update(row.metrics)
-        failed = any(row.status == "failed" for row in rows)
-        return Outcome(subnet, values, "failed" if failed else "ok")
+        status: Status = next((row.status for row in rows if row.status != "ok"), "ok")
+        return Outcome(subnet, values, status)
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(replace(self, workload=None)), "workload": self.workload.model_dump()}  # type: ignore[arg-type]
@@ -69,26 +74,38 @@ class Terms:
 
 
 def known_outcomes(ledger: Ledger, terms: Terms) -> list[Outcome]:
-    """Every sub-network that the ledger knows accuracy and speed of, in the order they were paid for."""
-    measured = ledger.rows(
-        weights=terms.weights,
-        task=MEASURE,
-        numerics=terms.numerics,
-        device=terms.device,
-        engine=terms.engine,
-        workload=terms.workload.label,
-    )
+    """Every sub-network whose accuracy and speed, or failure, the ledger knows, in the order they came."""
+    return [outcome for _, outcome in numbered_outcomes(ledger, terms)]
+
+
+def numbered_outcomes(ledger: Ledger, terms: Terms) -> list[tuple[int, Outcome]]:
+    """As ``known_outcomes``, each with the number of the row that finished it."""
     scored = {
         row.key.subnet: row
         for row in ledger.rows(
             weights=terms.weights, task=terms.task_key, numerics=terms.score_numerics, engine=""
         )
     }
-    return [
-        terms.outcome(row.subnet, (row, scored[row.key.subnet]))
-        for row in measured
-        if row.key.subnet in scored
-    ]
+    found = []
+    for speed in speed_rows(ledger, terms, MEASURE):
+        score = scored.get(speed.key.subnet)
+        if speed.status != "ok":
+            found.append((speed.id, terms.outcome(speed.subnet, (speed,))))
+        elif score is not None:
+            found.append((max(speed.id, score.id), terms.outcome(speed.subnet, (speed, score))))
+    return sorted(found, key=lambda pair: pair[0])
+
+
+def speed_rows(ledger: Ledger, terms: Terms, task: str) -> list[Row]:
+    """Rows of this device, engine and workload: what was measured, or what was predicted."""
+    return ledger.rows(
+        weights=terms.weights,
+        task=task,
+        numerics=terms.numerics,
+        device=terms.device,
+        engine=terms.engine,
+        workload=terms.workload.label,
+    )
 
 
 def paired_ties(ledger: Ledger, terms: Terms) -> Tied:
@@ -118,14 +135,18 @@ class Evaluator:
     bench: BenchFunction
 
     def __call__(self, subnet: SubNetwork) -> Outcome:
-        """The outcome, from the ledger or by paying for what it lacks. A failure is recorded, not raised."""
+        """The outcome, from the ledger or by paying for what it lacks. A failure is recorded, not raised:
+        as infeasible where the device lacks what the sub-network needs. What has no speed is not scored."""
+        speed = self.measure(subnet)
+        if speed.status != "ok":
+            return self.terms.outcome(subnet, (speed,))
         return self.terms.outcome(
-            subnet,
-            (
-                self._row(self.terms.speed_key(subnet), subnet, self._measured),
-                self._row(self.terms.accuracy_key(subnet), subnet, self._scored),
-            ),
+            subnet, (speed, self._row(self.terms.accuracy_key(subnet), subnet, self._scored))
         )
+
+    def measure(self, subnet: SubNetwork) -> Row:
+        """Its speed alone, from the ledger or measured now."""
+        return self._row(self.terms.speed_key(subnet), subnet, self._measured)
 
     def _row(self, key: Key, subnet: SubNetwork, pay: Callable[[Key, SubNetwork], Row]) -> Row:
         known = self.ledger.get(key)
@@ -135,7 +156,9 @@ class Evaluator:
         try:
             row = pay(key, subnet)
         except (CompressorError, RuntimeError, MemoryError) as error:
-            row = Row(key, subnet, {}, "failed", {"error": f"{type(error).__name__}: {error}"})
+            lacking = isinstance(error, (UnfitMachineError, MemoryError))
+            status: Status = "infeasible" if lacking else "failed"
+            row = Row(key, subnet, {}, status, {"error": f"{type(error).__name__}: {error}"})
         return self.ledger.put(replace(row, cost_s=time.monotonic() - began))
 
     def _scored(self, key: Key, subnet: SubNetwork) -> Row:

@@ -7,12 +7,16 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from compressor.cluster import Cluster
 from compressor.device import Machine
+from compressor.engines.apart import bench_apart
 from compressor.events import Event, Listener, Message, StageFinished, StageStarted
 from compressor.ledger import Ledger
+from compressor.measurement import Measurement
 from compressor.request import RunRequest
 from compressor.runfolder import RunFolder
 
@@ -21,13 +25,24 @@ Result = dict[str, Any]
 
 @dataclass(frozen=True)
 class Context:
-    """One run: its folder, what was asked, the ledger, this machine, and who listens."""
+    """One run: its folder, request, ledger, machine and listener, and the cluster if that measures."""
 
     folder: RunFolder
     request: RunRequest
     ledger: Ledger
     machine: Machine
     listener: Listener
+    cluster: Cluster | None = None
+
+    @cached_property
+    def device_label(self) -> str:
+        """What figures are filed under: the device that measures, this machine or a node of the cluster."""
+        return self.cluster.device() if self.cluster else self.machine.cpu_label
+
+    @property
+    def bench(self) -> Callable[..., Measurement]:
+        """``apart.bench_apart``, or the same on a node of the cluster."""
+        return self.cluster.bench if self.cluster else bench_apart
 
     def say(self, text: str) -> None:
         self.listener(Message(text))

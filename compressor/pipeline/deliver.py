@@ -70,7 +70,7 @@ def manifest_fields(context: Context, plan: Plan, task: AccuracyTask, finalist: 
         "speed": [
             Speed(
                 workload=profile.workload.label,
-                device=context.machine.cpu_label,
+                device=context.device_label,
                 engine=profile.engine,
                 ttft_ms=finalist.speed.ttft_ms,
                 tpot_ms=finalist.speed.tpot_ms,

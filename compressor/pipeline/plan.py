@@ -56,7 +56,8 @@ def make_plan(request: RunRequest, machine: Machine, parent: Path = Path()) -> P
     budget.
     """
     profile = request.profile
-    device.require(profile, machine)
+    if not request.cluster:
+        device.require(profile, machine)
     source = models.resolve(request.model)
     shape = models.read_shape(source)
     space = profile_space(shape, profile)

@@ -9,6 +9,7 @@ from compressor.engines.onnxruntime import OnnxRuntimeEngine
 from compressor.engines.pytorch import bench_pytorch
 from compressor.evaluation.score import Score
 from compressor.ledger import Key, Row
+from compressor.measurement import Measurement
 from compressor.models import LoadedModel
 from compressor.pipeline.accuracy import AccuracyTask
 from compressor.pipeline.candidates import MEASURE
@@ -37,7 +38,7 @@ class ReferenceSet:
             self.weights,
             MEASURE,
             numerics,
-            self.context.machine.cpu_label,
+            self.context.device_label,
             engine,
             workload,
         )
@@ -57,7 +58,7 @@ class ReferenceSet:
 
     def _measure_pytorch(self, base: LoadedModel) -> None:
         ledger, workload = self.context.ledger, self.context.request.profile.workload
-        if ledger.get(self.speed_key("bf16")) is None:
+        if self.context.cluster is None and ledger.get(self.speed_key("bf16")) is None:
             measured = bench_pytorch(base.model, workload, max_seconds=self.bench_seconds)
             ledger.put(
                 Row(self.speed_key("bf16"), self.full, measured.metrics(), details=dict(measured.conditions))
@@ -67,19 +68,28 @@ class ReferenceSet:
                 self._keep("bf16", split, self.task.score_model(base.model, split))
 
     def _measure_engine(self, engine: OnnxRuntimeEngine, numerics: Numerics) -> None:
-        ledger, workload = self.context.ledger, self.context.request.profile.workload
-        missing = [s for s in self.task.splits if ledger.get(self.score_key(numerics, s)) is None]
-        measured = ledger.get(self.speed_key(numerics)) is not None
-        if measured and not missing:
-            return
-        candidate = engine.build(self.full, numerics)
-        if not measured:
-            speed = engine.bench(candidate, workload, max_seconds=self.bench_seconds)
+        ledger = self.context.ledger
+        if ledger.get(self.speed_key(numerics)) is None:
+            speed = self._bench(engine, numerics)
             ledger.put(
                 Row(self.speed_key(numerics), self.full, speed.metrics(), details=dict(speed.conditions))
             )
+        missing = [s for s in self.task.splits if ledger.get(self.score_key(numerics, s)) is None]
+        if not missing:
+            return
+        candidate = engine.build(self.full, numerics)
         for split in missing:
             self._keep(numerics, split, self.task.score_engine(engine, candidate, split))
+
+    def _bench(self, engine: OnnxRuntimeEngine, numerics: Numerics) -> Measurement:
+        return self.context.bench(
+            engine.export.folder,
+            self.full,
+            self.context.request.profile.workload,
+            numerics=numerics,
+            threads=self.context.request.threads,
+            max_seconds=self.bench_seconds,
+        )
 
     def _keep(self, numerics: Numerics, split: str, score: Score) -> None:
         self.context.ledger.put(

@@ -37,7 +37,7 @@ def collect(
     return report.ReportData(
         model=plan.source.name,
         profile=profile.name,
-        device=context.machine.cpu_label,
+        device=context.device_label,
         engine=profile.engine,
         numerics=profile.numerics,
         task=task.name,
@@ -73,7 +73,7 @@ def _candidates(problem: Problem, outcomes: Sequence[Outcome]) -> tuple[report.C
             weight_bytes=int(o.values["weight_bytes"]),
             accuracy=_score(o.values) if "accuracy" in o.values else None,
             speed=_speed(Measurement.from_metrics(o.values)) if "ttft_ms" in o.values else None,
-            status=o.status if o.status == "failed" or problem.meets_limits(o) else "infeasible",
+            status=o.status if o.status != "ok" or problem.meets_limits(o) else "infeasible",
             on_front=o.subnet in front,
         )
         for o in outcomes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -14,8 +14,10 @@ from pydantic import TypeAdapter, ValidationError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from compressor import device
+from compressor.cluster import Cluster, joined
 from compressor.engines import verify_package
-from compressor.engines.onnxruntime import OnnxRuntimeEngine
+from compressor.engines.host import require_free_memory
+from compressor.engines.onnxruntime import OnnxCandidate, OnnxRuntimeEngine
 from compressor.errors import InputError, RunConflictError, UnfitMachineError
 from compressor.evaluation.agreement import AgreementText
 from compressor.evaluation.score import Score
@@ -81,7 +83,7 @@ class Workshop:
             task_key=self.task.key("search"),
             score_numerics="fp32" if compute_dtype(self.context) == torch.float32 else "bf16",
             numerics=profile.numerics,
-            device=self.context.machine.cpu_label,
+            device=self.context.device_label,
             engine=profile.engine,
             workload=profile.workload,
         )
@@ -105,11 +107,29 @@ class Workshop:
             return self.task.score_model(model, "search")
 
     def _bench(self, subnet: SubNetwork) -> Measurement:
+        """Measured here or on the cluster's node. Where other load disturbs it here, again in turns with
+        the full super-network, so that its figures carry their ratio to that."""
         request = self.context.request
+        workload, seconds = request.profile.workload, request.effort.bench_seconds
+        if self.context.cluster is not None:
+            return self.context.bench(
+                self.engine.export.folder,
+                subnet,
+                workload,
+                numerics=request.profile.numerics,
+                threads=request.threads,
+                max_seconds=seconds,
+            )
+        require_free_memory(self.terms.memory_bytes(subnet))
         candidate = self.engine.build(subnet, request.profile.numerics)
-        return self.engine.bench(
-            candidate, request.profile.workload, max_seconds=request.effort.bench_seconds
-        )
+        measured = self.engine.bench(candidate, workload, max_seconds=seconds)
+        if "unfit" not in measured.conditions:
+            return measured
+        return self.engine.bench_against(candidate, self._reference, workload, max_seconds=seconds)
+
+    @cached_property
+    def _reference(self) -> OnnxCandidate:
+        return self.engine.build(self.space.full, self.context.request.profile.numerics)
 
 
 def execute(path: Path, request: RunRequest, listener: Listener) -> Verdict:
@@ -119,8 +139,13 @@ def execute(path: Path, request: RunRequest, listener: Listener) -> Verdict:
     check_engine(request)
     check_tasks(request)
     folder = RunFolder.create_or_update(path, request.model_dump(mode="json"))
-    with folder.locked(), open_ledger(folder.ledger) as ledger, logged(listener, folder.events) as logging:
-        context = Context(folder, request, ledger, machine, logging)
+    with (
+        folder.locked(),
+        open_ledger(folder.ledger) as ledger,
+        logged(listener, folder.events) as logging,
+        target_cluster(request) as cluster,
+    ):
+        context = Context(folder, request, ledger, machine, logging, cluster)
         for warning in plan.warnings:
             context.warn(warning)
         info, space = prepare(context, plan)
@@ -135,6 +160,11 @@ def execute(path: Path, request: RunRequest, listener: Listener) -> Verdict:
         _report(context, verdict)
         logging(RunFinished(str(folder.path), verdict.to_dict()))
     return verdict
+
+
+def target_cluster(request: RunRequest) -> AbstractContextManager[Cluster | None]:
+    """The nodes of the profile's device, where the run measures on another machine."""
+    return joined(request.cluster, request.profile.name) if request.cluster else nullcontext()
 
 
 def check_engine(request: RunRequest) -> None:
@@ -153,7 +183,7 @@ def _pay_references(workshop: Workshop) -> None:
         "base": references.weights,
         "task": [workshop.task.key(split) for split in workshop.task.splits],
         "workload": context.request.profile.workload.model_dump(),
-        "device": context.machine.cpu_label,
+        "device": context.device_label,
     }
 
     def work() -> Result:
@@ -245,9 +275,9 @@ def reopened(path: Path, listener: Listener) -> Iterator[Workshop]:
     """What evaluating in a finished run needs, with the run locked. Raises ``InputError``."""
     folder = RunFolder.open_existing(path)
     request = stored_request(folder)
-    with folder.locked(), open_ledger(folder.ledger) as ledger:
+    with folder.locked(), open_ledger(folder.ledger) as ledger, target_cluster(request) as cluster:
         machine = device.detect()
-        context = Context(folder, request, ledger, machine, listener)
+        context = Context(folder, request, ledger, machine, listener, cluster)
         plan = make_plan(request, machine, path)
         info = read_info(folder.supernet)
         yield Workshop(context, plan, info, replace(plan.space, drop_order=info.drop_order))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from compressor.engines.apart import bench_apart
 from compressor.engines.onnxruntime import OnnxRuntimeEngine
 from compressor.ledger import Key, Row
 from compressor.measurement import Measurement
@@ -91,7 +90,7 @@ def _measured_again(
     key = replace(terms.speed_key(subnet), task=FINAL_MEASURE)
     row = context.ledger.get(key)
     if row is None:
-        speed = bench_apart(
+        speed = context.bench(
             engine.export.folder,
             subnet,
             context.request.profile.workload,

@@ -101,6 +101,20 @@ def test_pairs_take_turns_and_give_the_ratio() -> None:
     assert ratio.ttft == pytest.approx(0.5, rel=1e-6) and ratio.tpot == pytest.approx(0.5, rel=1e-6)
 
 
+def test_what_the_other_model_left_in_the_caches_does_not_count() -> None:
+    last: list[object] = []
+
+    class Evicting(Sleeper):
+        def prefill(self) -> None:
+            if last != [self]:
+                CLOCK.now += 1.0
+            last[:] = [self]
+            super().prefill()
+
+    mine, theirs, _ = time_pair(Evicting(0.01, 0.004), Evicting(0.02, 0.008), WORKLOAD, max_seconds=1)
+    assert max(mine.prefills) == pytest.approx(0.01) and max(theirs.prefills) == pytest.approx(0.02)
+
+
 def test_a_model_that_keeps_changing_is_measured_until_time_is_up() -> None:
     class Slowing(Sleeper):
         def prefill(self) -> None:

@@ -6,7 +6,11 @@ import subprocess
 import sys
 import time
 
-from compressor.engines.host import HostWatch, host_conditions, host_faults
+import pytest
+
+from compressor.engines import host
+from compressor.engines.host import HostWatch, host_conditions, host_faults, require_free_memory
+from compressor.errors import UnfitMachineError
 
 
 def test_a_quiet_roomy_host_has_no_load_or_memory_fault() -> None:
@@ -32,6 +36,19 @@ def test_another_process_is_noticed_and_the_figure_marked() -> None:
         burner.wait()
     assert marks["others_share"] > 0.1
     assert any("other processes" in reason for reason in marks["unfit"])
+
+
+def test_too_little_free_memory_is_found_before_anything_is_loaded() -> None:
+    require_free_memory(2**30, available_bytes=lambda: 2**31)
+    with pytest.raises(UnfitMachineError, match=r"3.00 GiB.*1.00 GiB"):
+        require_free_memory(3 * 2**30, available_bytes=lambda: 2**30)
+
+
+def test_a_clock_that_jumps_marks_the_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    watch = HostWatch()
+    real = time.time
+    monkeypatch.setattr(host.time, "time", lambda: real() + 3600)
+    assert any("clock jumped by +3600 s" in reason for reason in watch.marks()["unfit"])
 
 
 def test_conditions_name_the_device() -> None:

@@ -24,12 +24,14 @@ def measured(subnets: list[SubNetwork], noise: float) -> tuple[list[float], list
     return times[:, 0].tolist(), times[:, 1].tolist()
 
 
-def test_the_panel_is_about_six_and_within_the_space() -> None:
+def test_the_panel_is_small_and_within_the_space() -> None:
     subnets = panel(SPACE)
-    assert 6 <= len(subnets) <= 7 and len(set(subnets)) == len(subnets)
+    assert len(subnets) == 8 and len(set(subnets)) == len(subnets)
     assert all(SPACE.contains(s) for s in subnets)
     eight_only = panel(SearchSpace.from_fractions(SHAPE, (0.75, 1.0), (0.5, 1.0)))
-    assert 4 <= len(eight_only) <= 6
+    assert len(eight_only) == 4
+    three = SearchSpace.from_fractions(SHAPE, (0.75, 0.875, 1.0), (0.5, 0.75, 1.0))
+    assert len(panel(three)) == 6
 
 
 @pytest.mark.parametrize(("noise", "bound"), [(0.0, 0.001), (0.02, 0.07)])
@@ -61,6 +63,27 @@ def test_only_the_surely_slow_are_turned_away() -> None:
     assert model.surely_over(SPACE.full, ttft * 0.5, tpot * 2)
     assert model.surely_over(SPACE.full, ttft * 2, tpot * 0.5)
     assert not model.surely_over(SPACE.full, ttft, tpot)
+
+
+def test_the_least_estimate_is_a_lower_bound_that_bits_do_not_move() -> None:
+    subnets = panel(SPACE)
+    model = fit_speed(subnets, *measured(subnets, 0.0))
+    assert model is not None
+    rng = np.random.default_rng(3)
+    for subnet in (SPACE.sample(rng) for _ in range(20)):
+        least, all_four = (
+            model.least(subnet, (4, 8)),
+            SubNetwork(subnet.layers, subnet.widths, (4,) * subnet.depth),
+        )
+        assert least.tpot_ms <= model.predict(subnet).tpot_ms * (1 + 1e-9)
+        assert least.tpot_ms == pytest.approx(model.predict(all_four).tpot_ms)
+        assert model.least(all_four, (8, 4)).ttft_ms == pytest.approx(least.ttft_ms)
+
+
+def test_the_panel_keeps_to_what_is_allowed() -> None:
+    allowed = panel(SPACE, lambda subnet: subnet.depth < 30)
+    assert len(allowed) == 8 and all(subnet.depth < 30 for subnet in allowed)
+    assert panel(SPACE, lambda _: False) == []
 
 
 def test_too_few_measurements_predict_nothing() -> None:

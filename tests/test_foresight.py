@@ -1,0 +1,111 @@
+"""A search whose speed budgets bind, on an imagined device: what is surely too slow is not built."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from compressor import device
+from compressor.errors import UnfitMachineError
+from compressor.evaluation.score import Score
+from compressor.ledger import Ledger
+from compressor.measurement import Measurement
+from compressor.pipeline.candidates import MEASURE, PREDICTED, Evaluator, Terms
+from compressor.pipeline.context import Context
+from compressor.pipeline.searching import make_problem, search
+from compressor.profile import load_profile
+from compressor.request import RunRequest, effort
+from compressor.runfolder import RunFolder
+from compressor.search.problem import Outcome
+from compressor.space import ModelShape, SearchSpace, SubNetwork
+
+SHAPE = ModelShape(576, 1536, 30, 9, 3, 64, 49152, tie_word_embeddings=True)
+SPACE = SearchSpace.from_fractions(SHAPE, (0.7, 0.8, 0.9, 1.0), (0.5, 0.75, 1.0), bits=(4, 8))
+FULL_TPOT = 1.5 + 0.05 * 30 + 30 * 1536 / 8000
+
+
+def tpot(subnet: SubNetwork) -> float:
+    neurons = sum(w * (0.6 if b == 4 else 1.0) for w, b in zip(subnet.widths, subnet.bits, strict=True))
+    return 1.5 + 0.05 * subnet.depth + neurons / 8000
+
+
+class Device:
+    """Measures by a formula, and remembers what it was asked to build."""
+
+    def __init__(self) -> None:
+        self.built: list[SubNetwork] = []
+
+    def bench(self, subnet: SubNetwork) -> Measurement:
+        self.built.append(subnet)
+        return Measurement(ttft_ms=20 * tpot(subnet), tpot_ms=tpot(subnet), throughput_tok_s=1e3)
+
+    def score(self, subnet: SubNetwork) -> Score:
+        share = sum(subnet.widths) / (30 * 1536)
+        return Score(share, 0.01, share, share, 10)
+
+
+def searched(
+    folder: Path, tpot_ms: float, algorithm: str = "linas", evaluations: int = 30
+) -> tuple[list[Outcome], Device, Ledger]:
+    profile = load_profile("starter-cpu").with_overrides(memory_gib=4.0, ttft_ms=1e6, tpot_ms=tpot_ms)
+    request = RunRequest(
+        profile=profile, effort=effort("quick", evaluations=evaluations), algorithm=algorithm
+    )
+    run = RunFolder.create_or_update(folder, request.model_dump(mode="json"))
+    ledger = Ledger(run.ledger)
+    context = Context(run, request, ledger, device.detect(), lambda _: None)
+    terms = Terms(SHAPE, "w", "t", "bf16", "int8", "toy", "onnxruntime", profile.workload)
+    imagined = Device()
+    evaluator = Evaluator(ledger, terms, imagined.score, imagined.bench)
+    return search(context, make_problem(profile, SPACE, terms), evaluator), imagined, ledger
+
+
+@pytest.mark.parametrize("algorithm", ["linas", "random"])
+def test_over_budget_candidates_are_not_built(tmp_path: Path, algorithm: str) -> None:
+    limit = 0.75 * FULL_TPOT
+    outcomes, imagined, ledger = searched(tmp_path, limit, algorithm)
+    assert len(outcomes) == 30
+    evaluated = [outcome.subnet for outcome in outcomes]
+    assert all(tpot(subnet) <= 1.01 * limit for subnet in evaluated)
+    only_measured = [subnet for subnet in imagined.built if subnet not in evaluated]
+    assert 0 < len(only_measured) <= 8
+    assert len(imagined.built) == len(set(imagined.built))
+    for row in ledger.rows(task=PREDICTED):
+        assert row.status == "infeasible" and row.details["predicted"]
+        assert row.metrics["tpot_ms"] == pytest.approx(tpot(row.subnet), rel=0.02)
+
+
+def test_a_resumed_search_goes_the_same_way(tmp_path: Path) -> None:
+    limit = 0.75 * FULL_TPOT
+    whole, _, _ = searched(tmp_path / "whole", limit)
+    searched(tmp_path / "parts", limit, evaluations=22)
+    again, imagined, ledger = searched(tmp_path / "parts", limit)
+    assert [o.subnet for o in again] == [o.subnet for o in whole]
+    assert len(imagined.built) == 8
+    keys = [row.key for row in ledger.rows()]
+    assert len(keys) == len(set(keys))
+
+
+def test_budgets_that_do_not_bind_cost_no_measurement(tmp_path: Path) -> None:
+    outcomes, imagined, ledger = searched(tmp_path, 10 * FULL_TPOT)
+    assert {o.subnet for o in outcomes} == set(imagined.built)
+    assert len(ledger.rows(task=MEASURE)) == 30 and not ledger.rows(task=PREDICTED)
+
+
+def test_a_budget_that_nothing_meets_still_finds_the_nearest(tmp_path: Path) -> None:
+    outcomes, _, _ = searched(tmp_path, 0.01, evaluations=8)
+    assert len(outcomes) <= 8
+
+
+def test_what_does_not_fit_is_infeasible_and_the_search_goes_on(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    terms = Terms(SHAPE, "w", "t", "bf16", "int8", "toy", "onnxruntime", load_profile("starter-cpu").workload)
+
+    def bench(_: SubNetwork) -> Measurement:
+        raise UnfitMachineError("0.20 GiB of memory are needed and 0.10 GiB are free")
+
+    outcome = Evaluator(ledger, terms, Device().score, bench)(SPACE.full)
+    (row,) = ledger.rows()
+    assert outcome.status == row.status == "infeasible"
+    assert "0.20 GiB" in str(row.details["error"]) and not row.metrics
