@@ -91,6 +91,12 @@ def compress(
         int | None, typer.Option(help="Few-shot examples [default: the task's own].")
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Items a task, at most.")] = None,
+    racing: Annotated[
+        bool | None,
+        typer.Option(
+            "--racing/--no-racing", help="Stop scoring what is dominated [default: quick runs on tasks]."
+        ),
+    ] = None,
     train_data: Annotated[
         str, typer.Option(help="Alpaca-form JSON(L), text file or hub id [default: data-free].")
     ] = "",

@@ -21,7 +21,7 @@ DEFAULT_PROFILE = "auto"
 EFFORT_FLAGS = tuple(field.name for field in fields(Effort))
 BUDGET_FLAGS = {"memory_budget": "memory_gib", "ttft_budget": "ttft_ms", "tpot_budget": "tpot_ms"}
 WORKLOAD_FLAGS = ("prompt_tokens", "output_tokens", "concurrency")
-PLAIN_FLAGS = ("model", "num_fewshot", "limit", "train_data", "threads", "seed", "cluster")
+PLAIN_FLAGS = ("model", "num_fewshot", "limit", "train_data", "threads", "seed", "cluster", "racing")
 
 
 class RunRequest(BaseModel):
@@ -42,6 +42,17 @@ class RunRequest(BaseModel):
     threads: int | None = None
     seed: int = 0
     cluster: str = ""
+    racing: bool | None = None
+
+    @property
+    def races(self) -> bool:
+        """Whether scoring stops early for dominated sub-networks: unless told, in quick runs on tasks.
+
+        The paper's tasks are scored in full, and agreement has too few sequences for a race to end early.
+        """
+        if self.racing is not None:
+            return self.racing
+        return self.preset == "quick" and not self.scores_agreement and "paper" not in self.tasks
 
     @property
     def scores_agreement(self) -> bool:

@@ -31,7 +31,7 @@ Split = Literal["search", "report"]
 
 SKIPPED_POSITIONS = 4
 """First positions of a sequence are not scored: with hardly any context the choice is arbitrary."""
-_HEAD_ROWS = 512
+_HEAD_ROWS = 256
 _BATCH_TOKENS = 2048
 
 
@@ -158,9 +158,9 @@ def torch_predict(model: PreTrainedModel) -> Predict:
     def predict(ids: Tokens) -> NDArray[np.integer]:
         with torch.inference_mode():
             packed = PackedModel(model)
-            steps = schedule(pack_rows(ids), packed.device)
+            steps = schedule(pack_rows(ids), packed.device, packed.dtype)
             hidden = packed.run(steps, ids.size)
-            top = torch.cat([top_tokens(packed.head(rows)) for rows in torch.split(hidden, _HEAD_ROWS)])
+            top = torch.cat([top_tokens(packed.logits(rows)) for rows in torch.split(hidden, _HEAD_ROWS)])
         result: NDArray[np.integer] = top.reshape(ids.shape).cpu().numpy()
         return result
 

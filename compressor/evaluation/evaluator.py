@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from compressor.errors import InputError
 from compressor.evaluation.encoding import DEFAULT_MAX_LENGTH, Encoded, Encoder
+from compressor.evaluation.racing import ALPHA, Raced, most_looks, run_race, rungs
 from compressor.evaluation.score import Items, Score
 from compressor.evaluation.taskdata import Split
 from compressor.evaluation.tasks import LoadedTask, check_names, load_tasks
@@ -19,8 +20,10 @@ from compressor.evaluation.tasks import LoadedTask, check_names, load_tasks
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from compressor.evaluation.racing import Raced
     from compressor.evaluation.scorer import Likelihoods, Logits, Plan
+
+RACING_OVERHEAD = 1.25
+"""Most tokens that a race run to its end may cost, in those of scoring all items at once."""
 
 
 class TaskEvaluator:
@@ -57,14 +60,13 @@ class TaskEvaluator:
         return prepared.score(score_plan(prepared.plan(), model))
 
     def race(
-        self, model: PreTrainedModel, rivals: Sequence[bytes], split: Split = "search", alpha: float = 0.05
+        self, model: PreTrainedModel, rivals: Sequence[bytes], split: Split = "search", alpha: float = ALPHA
     ) -> Raced:
         """Score a model, but stop once a rival is more accurate at the stated error rate ``alpha``.
 
         ``rivals`` are ``Score.items`` of sub-networks that are no worse in every other objective. With
         none, this is a full evaluation.
         """
-        from compressor.evaluation.racing import Raced, run_race
         from compressor.evaluation.scorer import score_plan
 
         prepared = self.prepare(split)
@@ -77,7 +79,8 @@ class TaskEvaluator:
             found.append((part, score_plan(part.plan(), model)))
             return part.items(found[-1][1]).values
 
-        return run_race(evaluate, lambda: prepared.joined(found), rivals, self.seed, alpha)
+        looks = prepared.looks(self.seed)
+        return run_race(evaluate, lambda: prepared.joined(found), rivals, self.seed, alpha, looks)
 
     def score_logits(self, logits: Logits, split: Split = "report") -> Score:
         """Accuracy of an engine that gives float32 logits [T, V] for int64[T]: the artefact itself."""
@@ -116,6 +119,7 @@ class Prepared:
     indices: NDArray[np.int64] | None = None
     _plan: Plan | None = None
     _parts: dict[int, Prepared] = field(default_factory=dict)
+    _looks: int | None = None
 
     @property
     def num_items(self) -> int:
@@ -152,6 +156,21 @@ class Prepared:
                 items,
             )
         return self._parts[rung]
+
+    def looks(self, seed: int) -> int:
+        """Rungs of a race: fewer where items share long prefixes, which every rung computes anew."""
+        if self._looks is None:
+            most = RACING_OVERHEAD * self.plan().packing.tokens
+            self._looks = most_looks(self.num_items)
+            while self._looks > 1 and self._tokens(seed, self._looks) > most:
+                self._looks //= 2
+                self._parts.clear()
+        return self._looks
+
+    def _tokens(self, seed: int, looks: int) -> int:
+        """Tokens of all rungs together."""
+        parts = (self.part(i, items) for i, items in enumerate(rungs(self.num_items, seed, looks)))
+        return sum(part.plan().packing.tokens for part in parts)
 
     def joined(self, parts: Sequence[tuple[Prepared, Likelihoods]]) -> Items:
         """Results of all items from those of disjoint parts."""

@@ -21,8 +21,8 @@ from compressor.evaluation.schedule import Call, Rows, Step
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-LONG_ATTENTION = 1024
-"""From so many keys on, attention is fused (flash) so that its scores are never held whole."""
+LONG_ATTENTION = 96
+"""From so many keys on, attention is fused (flash): its scores are never held whole, and it is faster."""
 
 _ARGMAX_BLOCK = 128
 _PARTS = ("embed_tokens", "layers", "norm", "rotary_emb")
@@ -50,6 +50,20 @@ class PackedModel:
         self.dtype: torch.dtype = base.norm.weight.dtype
         self.device: torch.device = base.norm.weight.device
         self._kept: dict[int, Kept] = {}
+        self._logits = torch.empty(0, dtype=self.dtype, device=self.device)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [n, vocabulary] of final hidden states [n, hidden], valid until the next call.
+
+        On a CPU they lie in one buffer, since the page faults of fresh memory cost a tenth of the product.
+        """
+        head = self.head
+        if self.device.type != "cpu" or type(head) is not nn.Linear or head.bias is not None:
+            output: Tensor = head(hidden)
+            return output
+        if len(self._logits) < len(hidden):
+            self._logits = hidden.new_empty(len(hidden), head.out_features)
+        return torch.mm(hidden, head.weight.t(), out=self._logits[: len(hidden)])
 
     def run(self, steps: list[Step], num_rows: int) -> Tensor:
         """Final hidden states [num_rows, hidden] at all scored positions, in the order of score rows."""
@@ -58,7 +72,7 @@ class PackedModel:
         for step in steps:
             hidden = self._forward(step)
             if hidden is not None:
-                outputs[step.rows] = self.base.norm(hidden)
+                outputs[step.rows] = _normed(self.base.norm, hidden)
             for prefix in step.drop:
                 self._kept.pop(prefix, None)
         self._kept = {}
@@ -71,7 +85,7 @@ class PackedModel:
         last = len(self.layers) - 1
         masks = [call.mask(call.full, self.dtype) for call in step.calls]
         for index, layer in enumerate(self.layers):
-            normed = layer.input_norm(hidden)
+            normed = _normed(layer.input_norm, hidden)
             query, key, value = layer.project(normed, cos, sin)
             for prefix, start, end in step.keep:
                 kept[prefix].append(self._extended(step, index, start, key[start:end], value[start:end]))
@@ -157,9 +171,9 @@ def _fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """The same through the fused kernel, for long sequences."""
     batch, length, heads, dim = q.shape
     mask = F.pad(mask[:, None], (k.shape[2] - mask.shape[-1], 0))
-    repeats = heads // k.shape[1]
-    k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
-    mixed = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask, scale=1.0)
+    mixed = F.scaled_dot_product_attention(
+        q.transpose(1, 2), k, v, attn_mask=mask, scale=1.0, enable_gqa=heads > k.shape[1]
+    )
     return mixed.transpose(1, 2).reshape(batch * length, heads * dim)
 
 
@@ -201,15 +215,27 @@ class _Layer:
     def finish(self, hidden: Tensor, mixed: Tensor) -> Tensor:
         """The rest of the layer after attention: output projection, MLP and both residuals."""
         hidden = _linear_add(self.attention.o_proj, mixed, hidden)
-        normed = self.mlp_norm(hidden)
+        normed = _normed(self.mlp_norm, hidden)
         gate, up, down = self.mlp.gate_proj, self.mlp.up_proj, self.mlp.down_proj
         if isinstance(self.mlp.act_fn, nn.SiLU | _silu_type()) and _fusible(normed, gate, up):
             fused = torch.ops.mkldnn._linear_pointwise
             activated = fused(normed, gate.weight, None, "swish", [], "")
             inner = fused.binary(normed, activated, up.weight, None, "mul")
+        elif isinstance(self.mlp.act_fn, nn.SiLU | _silu_type()):
+            inner = F.silu(_linear(gate, normed), inplace=True).mul_(_linear(up, normed))
         else:
             inner = self.mlp.act_fn(_linear(gate, normed)).mul_(_linear(up, normed))
         return _linear_add(down, inner, hidden)
+
+
+def _normed(norm: Any, states: Tensor) -> Tensor:
+    """RMS norm (arXiv 1910.07467) of [N, hidden]: in fp32 by fewer passes than the module's own."""
+    if states.dtype != torch.float32 or not hasattr(norm, "variance_epsilon") or norm.weight.ndim != 1:
+        output: Tensor = norm(states)
+        return output
+    square = torch.linalg.vector_norm(states, dim=-1, keepdim=True).square_()
+    scale: Tensor = square.div_(states.shape[-1]).add_(norm.variance_epsilon).rsqrt_()
+    return (states * scale).mul_(norm.weight)
 
 
 def _rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -225,7 +251,8 @@ def _linear(module: Any, inputs: Tensor) -> Tensor:
     if not _is_plain(module):
         output: Tensor = module(inputs)
         return output
-    return F.linear(inputs, module.weight.contiguous(), module.bias)
+    weight = module.weight  # a slice of a wider one: fp32 products read it in place, oneDNN's bf16 ones not
+    return F.linear(inputs, weight if weight.dtype == torch.float32 else weight.contiguous(), module.bias)
 
 
 def _linear_add(module: Any, inputs: Tensor, residual: Tensor) -> Tensor:

@@ -18,10 +18,14 @@ from compressor.evaluation.score import CONFIDENCE_Z, Items, Score, paired_diffe
 
 Indices = NDArray[np.int64]
 
-RUNGS = (0.125, 0.25, 0.5, 0.75, 1.0)
-"""Shares of the items after which the race is judged."""
-_CAUTION = 0.75
-"""Largest bet as a share of what could lose everything."""
+RUNG_ITEMS = 8
+"""Fewest items that are scored together: fewer would leave the matrix units idle."""
+RUNGS = 16
+"""Most looks at a race; the test costs nothing for looking, a look costs a small batch of items."""
+BETS = (0.08, 0.16, 0.32, 0.64)
+"""Bets held at once, as shares of what could lose everything: each size of a lead has its best one."""
+ALPHA = 0.05
+"""Chance to stop a sub-network that no rival matches, per sub-network."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +53,15 @@ def race_order(total: int, seed: int) -> Indices:
     return np.random.default_rng(seed).permutation(total)
 
 
-def rungs(total: int, seed: int, shares: Sequence[float] = RUNGS) -> list[Indices]:
-    """The items of each rung, in ascending order within it."""
-    order = race_order(total, seed)
-    cuts = [round(share * total) for share in shares]
-    return [np.sort(part) for part in np.split(order, cuts[:-1]) if len(part)]
+def most_looks(total: int) -> int:
+    """Looks at a race over ``total`` items if looking costs nothing else."""
+    return max(1, min(RUNGS, total // RUNG_ITEMS))
+
+
+def rungs(total: int, seed: int, looks: int | None = None) -> list[Indices]:
+    """The items of each rung, in ascending order within it; as many rungs as ``looks``."""
+    looks = looks or most_looks(total)
+    return [np.sort(part) for part in np.array_split(race_order(total, seed), looks)]
 
 
 def run_race(
@@ -61,52 +69,48 @@ def run_race(
     finish: Callable[[], Items],
     rivals: Sequence[bytes],
     seed: int = 0,
-    alpha: float = 0.05,
-    total: int | None = None,
+    alpha: float = ALPHA,
+    looks: int | None = None,
 ) -> Raced:
     """Score rung after rung until a rival has won or all items are scored.
 
     ``evaluate(rung, items)`` gives the items' values; ``finish()`` the results of all items after the
     last rung. ``rivals`` are ``Score.items`` of full evaluations on the same items. The chance to stop
-    a sub-network that is truly as accurate (over all items) as every rival is at most ``alpha``.
+    a sub-network that is truly as accurate (over all items) as every rival is at most ``alpha``,
+    however many rungs (``looks``) there are.
     """
     known = [Items.unpack(rival) for rival in rivals]
-    total = len(known[0].values) if total is None else total
-    parts = rungs(total, seed)
+    total = len(known[0].values)
+    order, parts = race_order(total, seed), rungs(total, seed, looks)
     values = np.full(total, np.nan)
-    for number, part in enumerate(parts[:-1]):
+    for number, part in enumerate(parts):
         values[part] = evaluate(number, part)
-        seen = np.flatnonzero(~np.isnan(values))
-        order = race_order(total, seed)
+        if number == len(parts) - 1:
+            break
         ordered = order[~np.isnan(values[order])]
         winner = _winner(known, values, ordered, total, alpha)
         if winner is not None:
-            return Raced(_behind(known[winner], values, seen), winner, len(seen), total)
-    values[parts[-1]] = evaluate(len(parts) - 1, parts[-1])
+            return Raced(_behind(known[winner], values, np.sort(ordered)), winner, len(ordered), total)
     return Raced(finish().score(), None, total, total)
 
 
-def dominance_evidence(differences: NDArray[np.floating[Any]], total: int) -> float:
-    """Largest evidence so far that the mean of ``total`` differences in [-1, 1] is above 0.
+def dominance_evidence(differences: NDArray[np.floating[Any]], total: int) -> NDArray[np.float64]:
+    """Evidence after each of the differences that the mean of all ``total`` of them is above 0.
 
-    ``differences`` are the first ones of a random order, drawn without replacement. Under the
-    hypothesis that the mean is 0 or below, the chance that this ever reaches 1/alpha is at most alpha
-    (a betting martingale for sampling without replacement: Waudby-Smith and Ramdas, arXiv 2006.04347).
+    ``differences`` in [-1, 1] are the first ones of a random order, drawn without replacement. Under the
+    hypothesis that the mean is 0 or below, the chance that the evidence ever reaches 1/alpha is at most
+    alpha: capital of a gambler who bets on the next difference being above what the rest must then
+    average, split over several sizes of bet (Waudby-Smith and Ramdas, arXiv 2006.04347 and 2010.09686).
     """
-    capital, best = 1.0, 1.0
-    seen, squares = 0.0, 0.0
-    for index, difference in enumerate(differences.tolist()):
-        bound = -seen / (total - index)
-        if bound <= -1:
-            return float("inf")
-        mean = seen / (index + 1)
-        variance = (squares + 0.25) / (index + 1)
-        bet = min(max(mean / (variance + mean**2), 0.0), _CAUTION / (1 + bound))
-        capital *= 1 + bet * (difference - bound)
-        best = max(best, capital)
-        seen += difference
-        squares += difference**2
-    return best
+    values = np.asarray(differences, np.float64)
+    before = np.concatenate([[0.0], np.cumsum(values)])[:-1]
+    bound = -before / (total - np.arange(len(values)))
+    certain = bound <= -1
+    bound = np.where(certain, 0.0, bound)
+    stakes = np.asarray(BETS)[:, None] / (1 + bound)
+    capital = np.cumprod(1 + stakes * (values - bound), axis=1).mean(axis=0)
+    evidence: NDArray[np.float64] = np.where(np.logical_or.accumulate(certain), np.inf, capital)
+    return evidence
 
 
 def _winner(
@@ -116,15 +120,19 @@ def _winner(
     total: int,
     alpha: float,
 ) -> int | None:
-    """The rival with the strongest evidence, if it is enough for all rivals together."""
-    evidence = []
-    for rival in rivals:
+    """The rival with the strongest evidence, if that of all rivals together is enough.
+
+    The mean of the rivals' evidence is again a gambler's capital under the hypothesis that none of them
+    is more accurate, so that many rivals cost no more error than one.
+    """
+    evidence = np.empty((len(rivals), len(ordered)))
+    for number, rival in enumerate(rivals):
         weights = _item_weights(rival)
         differences = (rival.values[ordered] - values[ordered]) * weights[ordered] / weights.max()
-        evidence.append(dominance_evidence(differences, total))
-    if not evidence or max(evidence) < len(rivals) / alpha:
-        return None
-    return int(np.argmax(evidence))
+        evidence[number] = dominance_evidence(differences, total)
+    together = evidence.mean(axis=0)
+    reached = np.flatnonzero(together >= 1 / alpha)
+    return int(evidence[:, reached[0]].argmax()) if len(reached) else None
 
 
 def _item_weights(items: Items) -> NDArray[np.floating[Any]]:

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from compressor.evaluation.packing import Packing, Tree
 
-BLOCK_TOKENS = {"cpu": 2048, "cuda": 16384}
-"""Tokens of a forward pass: enough to keep the matrix units busy, few enough to stay in the caches."""
+BLOCK_BYTES = {"cpu": 4096, "cuda": 32768}
+"""Tokens of a forward pass times bytes of a number: enough to keep the matrix units busy, few enough to
+stay in the caches."""
 WAVE_TOKENS = 8192
 """Tokens of prefixes whose keys and values are kept at once."""
 
@@ -78,10 +79,10 @@ class Step:
     rows: Tensor
 
 
-def schedule(packing: Packing, device: torch.device) -> list[Step]:
+def schedule(packing: Packing, device: torch.device, dtype: torch.dtype) -> list[Step]:
     """Forward passes in an order that respects prefixes. Made once for any number of sub-networks."""
     first_rows = np.cumsum([0, *(len(tree.scored) for tree in packing.trees)])
-    budget = BLOCK_TOKENS.get(device.type, BLOCK_TOKENS["cpu"])
+    budget = BLOCK_BYTES.get(device.type, BLOCK_BYTES["cpu"]) // dtype.itemsize
     layout = _Layout(packing, first_rows, device)
     steps = []
     last_reader = _last_readers(packing)

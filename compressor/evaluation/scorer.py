@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-HEAD_ROWS = 512
+HEAD_ROWS = 256
 """Positions whose logits are held at once."""
 _SOFTMAX_ROWS = 16
 """Positions whose logits are held in fp32 at once: few enough to stay in the cache."""
@@ -54,7 +54,7 @@ class Plan:
 
     encoded: Sequence[Encoded]
     packing: Packing
-    _steps: dict[torch.device, list[Step]] = field(default_factory=dict)
+    _steps: dict[tuple[torch.device, torch.dtype], list[Step]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, encoded: Sequence[Encoded]) -> Plan:
@@ -65,18 +65,20 @@ class Plan:
         """Requests that were longer than the model takes and lost tokens on the left."""
         return sum(request.truncated for request in self.encoded)
 
-    def steps(self, device: torch.device) -> list[Step]:
-        if device not in self._steps:
-            self._steps[device] = schedule(self.packing, device)
-        return self._steps[device]
+    def steps(self, device: torch.device, dtype: torch.dtype) -> list[Step]:
+        """The forward passes for a model on ``device`` that computes in ``dtype``, laid out once."""
+        key = device, dtype
+        if key not in self._steps:
+            self._steps[key] = schedule(self.packing, device, dtype)
+        return self._steps[key]
 
 
 def score_plan(plan: Plan, model: PreTrainedModel) -> Likelihoods:
     """Log-likelihoods of a plan's requests under a model, as it stands."""
     with torch.inference_mode():
         packed = PackedModel(model)
-        hidden = packed.run(plan.steps(packed.device), plan.packing.num_rows)
-        return _collect(plan.packing, hidden, packed.head)
+        hidden = packed.run(plan.steps(packed.device, packed.dtype), plan.packing.num_rows)
+        return _collect(plan.packing, hidden, packed.logits)
 
 
 def score_by_logits(encoded: Sequence[Encoded], logits: Logits) -> Likelihoods:

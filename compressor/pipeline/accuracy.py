@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from compressor.engines.onnxruntime import OnnxCandidate, OnnxRuntimeEngine
 from compressor.evaluation.agreement import AgreementText, torch_predict
 from compressor.evaluation.evaluator import TaskEvaluator
+from compressor.evaluation.racing import Raced
 from compressor.evaluation.score import Items, Score, mcnemar, sign_test
 from compressor.evaluation.tasks import check_names
 from compressor.request import RunRequest
@@ -39,6 +41,10 @@ class AccuracyTask(Protocol):
 
     def score_model(self, model: PreTrainedModel, split: str) -> Score: ...
 
+    def race_model(self, model: PreTrainedModel, rivals: Sequence[bytes], split: str) -> Raced:
+        """Score a model, but stop once a rival (its ``Score.items``) is surely more accurate."""
+        ...
+
     def score_engine(self, engine: OnnxRuntimeEngine, candidate: OnnxCandidate, split: str) -> Score: ...
 
     def paired(self, ours: bytes, theirs: bytes) -> Paired:
@@ -61,6 +67,9 @@ class Agreement:
     def score_model(self, model: PreTrainedModel, split: str) -> Score:
         return self.text.score(torch_predict(model), split)  # type: ignore[arg-type]
 
+    def race_model(self, model: PreTrainedModel, rivals: Sequence[bytes], split: str) -> Raced:
+        return self.text.race(torch_predict(model), rivals, split)  # type: ignore[arg-type]
+
     def score_engine(self, engine: OnnxRuntimeEngine, candidate: OnnxCandidate, split: str) -> Score:
         return self.text.score(lambda ids: engine.top1(candidate, ids), split)  # type: ignore[arg-type]
 
@@ -82,6 +91,9 @@ class Tasks:
 
     def score_model(self, model: PreTrainedModel, split: str) -> Score:
         return self.evaluator.score(model, split)  # type: ignore[arg-type]
+
+    def race_model(self, model: PreTrainedModel, rivals: Sequence[bytes], split: str) -> Raced:
+        return self.evaluator.race(model, rivals, split)  # type: ignore[arg-type]
 
     def score_engine(self, engine: OnnxRuntimeEngine, candidate: OnnxCandidate, split: str) -> Score:
         return self.evaluator.score_logits(lambda ids: engine.logits(candidate, ids), split)  # type: ignore[arg-type]

@@ -9,6 +9,7 @@ from typing import Any
 
 from compressor.engines.memory import required_memory_bytes
 from compressor.errors import CompressorError, UnfitMachineError
+from compressor.evaluation.racing import Raced
 from compressor.evaluation.score import CONFIDENCE_Z, Score, paired_difference
 from compressor.ledger import Key, Ledger, Row, Status
 from compressor.measurement import Measurement
@@ -21,6 +22,7 @@ MEASURE = "measure"
 PREDICTED = "measure:predicted"
 
 ScoreFunction = Callable[[SubNetwork], Score]
+RaceFunction = Callable[[SubNetwork], Raced]
 BenchFunction = Callable[[SubNetwork], Measurement]
 
 
@@ -36,9 +38,18 @@ class Terms:
     device: str
     engine: str
     workload: Workload
+    racing: bool = False
 
     def accuracy_key(self, subnet: SubNetwork) -> Key:
         return Key(subnet.digest, self.weights, self.task_key, self.score_numerics)
+
+    @property
+    def raced_task(self) -> str:
+        """Name of the evaluations that a race stopped early: estimates, apart from full ones."""
+        return f"{self.task_key}:raced"
+
+    def raced_key(self, subnet: SubNetwork) -> Key:
+        return replace(self.accuracy_key(subnet), task=self.raced_task)
 
     def speed_key(self, subnet: SubNetwork) -> Key:
         return Key(
@@ -82,9 +93,8 @@ def numbered_outcomes(ledger: Ledger, terms: Terms) -> list[tuple[int, Outcome]]
     """As ``known_outcomes``, each with the number of the row that finished it."""
     scored = {
         row.key.subnet: row
-        for row in ledger.rows(
-            weights=terms.weights, task=terms.task_key, numerics=terms.score_numerics, engine=""
-        )
+        for task in ([terms.raced_task] if terms.racing else []) + [terms.task_key]
+        for row in ledger.rows(weights=terms.weights, task=task, numerics=terms.score_numerics, engine="")
     }
     found = []
     for speed in speed_rows(ledger, terms, MEASURE):
@@ -127,12 +137,17 @@ def paired_ties(ledger: Ledger, terms: Terms) -> Tied:
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Scores and measures sub-networks through the ledger; ``score`` and ``bench`` do the work."""
+    """Scores and measures sub-networks through the ledger; ``score`` and ``bench`` do the work.
+
+    With ``race``, scoring stops once a sub-network is dominated; what it then has is an estimate, kept
+    under a name of its own.
+    """
 
     ledger: Ledger
     terms: Terms
     score: ScoreFunction
     bench: BenchFunction
+    race: RaceFunction | None = None
 
     def __call__(self, subnet: SubNetwork) -> Outcome:
         """The outcome, from the ledger or by paying for what it lacks. A failure is recorded, not raised:
@@ -140,9 +155,9 @@ class Evaluator:
         speed = self.measure(subnet)
         if speed.status != "ok":
             return self.terms.outcome(subnet, (speed,))
-        return self.terms.outcome(
-            subnet, (speed, self._row(self.terms.accuracy_key(subnet), subnet, self._scored))
-        )
+        stopped = self.ledger.get(self.terms.raced_key(subnet)) if self.race else None
+        accuracy = stopped or self._row(self.terms.accuracy_key(subnet), subnet, self._scored)
+        return self.terms.outcome(subnet, (speed, accuracy))
 
     def measure(self, subnet: SubNetwork) -> Row:
         """Its speed alone, from the ledger or measured now."""
@@ -162,8 +177,14 @@ class Evaluator:
         return self.ledger.put(replace(row, cost_s=time.monotonic() - began))
 
     def _scored(self, key: Key, subnet: SubNetwork) -> Row:
-        score = self.score(subnet)
-        return Row(key, subnet, score.metrics(), items=score.items)
+        if self.race is None:
+            score = self.score(subnet)
+            return Row(key, subnet, score.metrics(), items=score.items)
+        raced = self.race(subnet)
+        details = {"items_scored": raced.evaluated, "items": raced.total}
+        if raced.dominated_by is not None:
+            return Row(self.terms.raced_key(subnet), subnet, raced.score.metrics(), details=details)
+        return Row(key, subnet, raced.score.metrics(), details=details, items=raced.score.items)
 
     def _measured(self, key: Key, subnet: SubNetwork) -> Row:
         measured = self.bench(subnet)

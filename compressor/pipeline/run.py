@@ -20,6 +20,7 @@ from compressor.engines.host import require_free_memory
 from compressor.engines.onnxruntime import OnnxCandidate, OnnxRuntimeEngine
 from compressor.errors import InputError, RunConflictError, UnfitMachineError
 from compressor.evaluation.agreement import AgreementText
+from compressor.evaluation.racing import Raced
 from compressor.evaluation.score import Score
 from compressor.events import Listener, RunFinished, StageFinished, StageProgress, StageStarted
 from compressor.ledger import open_ledger
@@ -30,6 +31,7 @@ from compressor.pipeline.context import Context, Result, logged, run_stage
 from compressor.pipeline.deliver import package
 from compressor.pipeline.plan import Plan, make_plan
 from compressor.pipeline.prepare import base_export, compute_dtype, load_base, prepare, supernet_export
+from compressor.pipeline.racing import rivals
 from compressor.pipeline.references import ReferenceSet
 from compressor.pipeline.report_data import collect
 from compressor.pipeline.searching import make_problem, search
@@ -86,11 +88,13 @@ class Workshop:
             device=self.context.device_label,
             engine=profile.engine,
             workload=profile.workload,
+            racing=self.context.request.races,
         )
 
     @property
     def evaluator(self) -> Evaluator:
-        return Evaluator(self.context.ledger, self.terms, self._score, self._bench)
+        race = self._race if self.terms.racing else None
+        return Evaluator(self.context.ledger, self.terms, self._score, self._bench, race)
 
     @property
     def problem(self) -> Problem:
@@ -105,6 +109,11 @@ class Workshop:
     def _score(self, subnet: SubNetwork) -> Score:
         with self.supernet.activated(subnet) as model:
             return self.task.score_model(model, "search")
+
+    def _race(self, subnet: SubNetwork) -> Raced:
+        against = rivals(self.context.ledger, self.terms, self.problem, subnet)
+        with self.supernet.activated(subnet) as model:
+            return self.task.race_model(model, against, "search")
 
     def _bench(self, subnet: SubNetwork) -> Measurement:
         """Measured here or on the cluster's node. Where other load disturbs it here, again in turns with

@@ -8,6 +8,7 @@ from compressor.events import CandidateEvaluated, StageProgress
 from compressor.pipeline.candidates import Evaluator, Terms, numbered_outcomes
 from compressor.pipeline.context import Context
 from compressor.pipeline.foresight import Foresight
+from compressor.pipeline.racing import told_savings
 from compressor.profile import Profile
 from compressor.search.algorithms import make_search
 from compressor.search.front import pareto_front
@@ -81,6 +82,8 @@ def search(context: Context, problem: Problem, evaluator: Evaluator) -> list[Out
         _announce(context, problem, evaluated, reused=False)
     if turned_away:
         context.say(f"{turned_away} sub-networks were predicted over a speed budget and not built")
+    if saved := told_savings(context.ledger, evaluator.terms):
+        context.say(saved)
     return evaluated
 
 

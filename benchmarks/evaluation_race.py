@@ -1,0 +1,101 @@
+"""Racing against scoring in full: the sub-networks of a real search on the starter, item by item."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from evaluation_units import Bench
+
+from compressor.evaluation.evaluator import TaskEvaluator
+from compressor.models import shape_of_config
+from compressor.search.algorithms import make_search
+from compressor.search.problem import Objective, Outcome, Problem
+from compressor.space import SearchSpace, SubNetwork, parameter_count
+from compressor.supernet.elastic import Elastic
+from compressor.supernet.importance import rank, sort_neurons
+
+TASK = "arc_easy"
+ITEMS = 240
+EVALUATIONS = 24
+DEPTHS, WIDTHS = (0.8, 0.9, 1.0), (0.5, 0.75, 1.0)
+
+
+def race(bench: Bench) -> dict[str, Any]:
+    """LINAS over the ranked starter with full evaluations, then the same sub-networks in a race.
+
+    Rivals are those on the front so far that are no larger, as in a run. Items scored, not seconds, are
+    what counts: both are told.
+    """
+    model = bench.model(bench.own_dtype)
+    space = _ranked_space(bench, model)
+    evaluator = TaskEvaluator(TASK, bench.tokenizer, bench.data, limit=ITEMS, max_length=8192)
+    elastic = Elastic(model)
+    problem = Problem(
+        space,
+        (Objective("accuracy", maximize=True), Objective("parameters")),
+        exact={"parameters": lambda subnet: float(parameter_count(space.shape, subnet))},
+    )
+    algorithm = make_search("linas", problem, 0)
+    subnets: list[SubNetwork] = []
+    full: list[float] = []
+    spent = 0.0
+    while len(subnets) < EVALUATIONS and (asked := algorithm.ask(1)):
+        started = time.perf_counter()
+        with elastic.activated(asked[0]):
+            full.append(evaluator.score(model, "search").value)
+        spent += time.perf_counter() - started
+        subnets.append(asked[0])
+        algorithm.tell([Outcome(asked[0], {"accuracy": full[-1]})])
+    sizes = [parameter_count(space.shape, subnet) for subnet in subnets]
+    raced, seconds = _race_all(evaluator, elastic, subnets, sizes)
+    fronts = [_front(sizes, values) for values in (full, [race.score.value for race in raced])]
+    total = sum(race.total for race in raced)
+    return {
+        "task": f"{TASK}, search split, {ITEMS} items",
+        "sub_networks": len(subnets),
+        "stopped": sum(race.dominated_by is not None for race in raced),
+        "items_full": total,
+        "items_raced": sum(race.evaluated for race in raced),
+        "saved": 1 - sum(race.evaluated for race in raced) / total,
+        "seconds_full": spent,
+        "seconds_raced": seconds,
+        "front": fronts[0],
+        "same_front": fronts[0] == fronts[1],
+    }
+
+
+def _race_all(
+    evaluator: TaskEvaluator, elastic: Elastic, subnets: Sequence[SubNetwork], sizes: Sequence[int]
+) -> tuple[list[Any], float]:
+    raced: list[Any] = []
+    started = time.perf_counter()
+    for number, subnet in enumerate(subnets):
+        whole = [i for i in range(number) if raced[i].dominated_by is None]
+        best = _front([sizes[i] for i in whole], [raced[i].score.value for i in whole])
+        rivals = [raced[whole[i]].score.items for i in best if sizes[whole[i]] <= sizes[number]]
+        with elastic.activated(subnet):
+            raced.append(evaluator.race(elastic.model, rivals, "search"))
+    return raced, time.perf_counter() - started
+
+
+def _ranked_space(bench: Bench, model: Any) -> SearchSpace:
+    """Neurons sorted and layers ranked on WikiText, as a run does on text of the model's own."""
+    text = (bench.data / "wikitext2" / "valid.txt").read_text(encoding="utf-8")[:40000]
+    ids: torch.Tensor = bench.tokenizer(text, return_tensors="pt")["input_ids"][0, :8192].view(16, 512)
+    importance = rank(model, list(ids.split(4)))
+    sort_neurons(model, importance)
+    return SearchSpace.from_fractions(shape_of_config(model.config), DEPTHS, WIDTHS, importance.drop_order)
+
+
+def _front(sizes: Sequence[int], accuracies: Sequence[float]) -> list[int]:
+    """Numbers of the sub-networks that none dominates."""
+    points = np.column_stack([sizes, -np.asarray(accuracies)]) if len(sizes) else np.zeros((0, 2))
+    return [
+        i
+        for i, point in enumerate(points)
+        if not any((other <= point).all() and (other < point).any() for other in points)
+    ]
