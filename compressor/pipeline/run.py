@@ -134,7 +134,7 @@ class Workshop:
         measured = self.engine.bench(candidate, workload, max_seconds=seconds)
         if "unfit" not in measured.conditions:
             return measured
-        return self.engine.bench_against(candidate, self._reference, workload, max_seconds=seconds)
+        return self.engine.bench_against(candidate, self._reference, workload, max_seconds=seconds / 2)
 
     @cached_property
     def _reference(self) -> OnnxCandidate:
