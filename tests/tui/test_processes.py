@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -197,24 +198,38 @@ def test_a_lost_terminal_ends_the_wizard_and_not_its_run(tmp_path: Path) -> None
     folder = write_run(tmp_path / "run", 5)
     master, slave = pty.openpty()
     command = [sys.executable, "-m", "tui", str(folder.path)]
-    with subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, start_new_session=True) as wizard:
-        os.close(slave)
-        threading.Thread(target=drained, args=(master,), daemon=True).start()
+    runs: list[psutil.Process] = []
+    with hearing_hang_ups():
+        wizard = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, start_new_session=True)
+    os.close(slave)
+    threading.Thread(target=drained, args=(master,), daemon=True).start()
 
-        def runs() -> list[psutil.Process]:
-            return [p for p in psutil.Process(wizard.pid).children() if "--resume" in p.cmdline()]
+    def pressed_until_it_runs() -> bool:
+        os.write(master, b"r")
+        runs[:] = [p for p in psutil.Process(wizard.pid).children() if "--resume" in p.cmdline()]
+        return bool(runs)
 
-        def pressed_until_it_runs() -> bool:
-            os.write(master, b"r")
-            return bool(runs())
-
+    try:
         assert until(pressed_until_it_runs, 60)
-        (run,) = runs()
         wizard.send_signal(signal.SIGHUP)
         wizard.wait(30)
-    time.sleep(0.5)
-    assert run.is_running() and run.status() != psutil.STATUS_ZOMBIE
-    run.kill()
+        time.sleep(0.5)
+        assert runs[0].is_running() and runs[0].status() != psutil.STATUS_ZOMBIE
+    finally:
+        wizard.kill()
+        wizard.wait()
+        for run in runs:
+            run.kill()
+
+
+@contextmanager
+def hearing_hang_ups() -> Iterator[None]:
+    """What is started meanwhile hears SIGHUP, also where the tests themselves run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def drained(terminal: int) -> None:
