@@ -21,6 +21,7 @@ from pathlib import Path
 
 from endpoint_load import Server, StartError, machine_busy_seconds, running, stall, stream, together
 from rivals import ROOT, contenders, our_package
+from verdict import Bound, conclude
 
 from serve.kvcache import KeyValueCache
 from serve.model import Model, cache_shape, open_session
@@ -53,20 +54,6 @@ class Figures:
 
     def medians(self) -> dict[str, float]:
         return {name: statistics.median(entry) for name, entry in vars(self).items() if entry}
-
-
-@dataclass(frozen=True)
-class Bound:
-    """A figure beside what it must be; NaN where what it stands beside is missing."""
-
-    name: str
-    value: float
-    bound: float
-    at_most: bool = True
-
-    @property
-    def met(self) -> bool:
-        return self.value <= self.bound if self.at_most else self.value >= self.bound
 
 
 def main() -> int:
@@ -193,19 +180,9 @@ def _report(figures: dict[str, Figures], others: float, options: argparse.Namesp
     for name, entry in medians.items():
         print(f"{name:18}" + "".join(f"{entry.get(column, float('nan')):28.2f}" for column in COLUMNS))
     print(f"\n{options.rounds} rounds; {others:.0%} of the CPU time went to other work meanwhile\n")
-    bounds = _bounds(figures)
-    for bound in bounds:
-        verdict = "met" if bound.met else "MISSED" if bound.value == bound.value else "NOT MEASURED"
-        print(
-            f"{bound.name:32}{bound.value:8.3f} {'<=' if bound.at_most else '>='} {bound.bound:<6g}{verdict}"
-        )
-    entries = {b.name: {"value": _number(b.value), "bound": b.bound, "met": b.met} for b in bounds}
-    print(json.dumps({"figures": medians, "bounds": entries, "rounds": options.rounds, "others": others}))
-    return 0 if all(bound.met for bound in bounds) else 1
-
-
-def _number(value: float) -> float | None:
-    return round(value, 4) if value == value else None
+    return conclude(
+        _bounds(figures), {"figures": medians, "rounds": options.rounds, "others": round(others, 4)}
+    )
 
 
 def _options() -> argparse.Namespace:

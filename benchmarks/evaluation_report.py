@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
+from verdict import Bound, conclude
+
 Units = dict[str, dict[str, Any]]
-Check = tuple[str, float, str, float]
 
 SPEED_BOUNDS = {"arc_easy": 6.0, "winogrande": 6.0, "mmlu": 8.0}
 
@@ -14,27 +14,17 @@ SPEED_BOUNDS = {"arc_easy": 6.0, "winogrande": 6.0, "mmlu": 8.0}
 def report(done: Units, part: str) -> int:
     """Print everything; 1 if a figure falls short of its bound."""
     checks = _accuracy(done) if part == "accuracy" else _main(done)
-    failed = [
-        name
-        for name, value, sign, bound in checks
-        if not (value >= bound if sign == ">=" else value <= bound)
-    ]
-    print(f"\n{'figure':36}{'value':>12}{'bound':>12}")
-    for name, value, sign, bound in checks:
-        print(f"{name:36}{value:12.4g}{sign:>5}{bound:7.4g}{'  MISSED' if name in failed else ''}")
-    figures = {name: {"value": value, "bound": f"{sign}{bound:g}"} for name, value, sign, bound in checks}
     extra = {name: done[name] for name in ("peak", "breakdown", "race") if name in done and part == "main"}
-    print(json.dumps({"figures": figures, "missed": failed, **extra}))
-    return 1 if failed else 0
+    return conclude(checks, extra)
 
 
-def _main(done: Units) -> list[Check]:
+def _main(done: Units) -> list[Bound]:
     return [*_speed(done), *_exactness(done), *_costs(done), *_race(done)]
 
 
-def _speed(done: Units) -> list[Check]:
+def _speed(done: Units) -> list[Bound]:
     """The checked figure is the smaller of the ratios of wall times and of processor times."""
-    checks: list[Check] = []
+    checks: list[Bound] = []
     columns = ("HFLM bf16 s", "batch", "ours s", "in", "by wall", "by CPU", "bound", "HFLM fp32 s", "by wall")
     print(f"\n{'':11}" + "".join(f"{name:>12}" for name in columns) + "   tokens; others' load")
     for task, bound in SPEED_BOUNDS.items():
@@ -52,33 +42,35 @@ def _speed(done: Units) -> list[Check]:
         )  # fmt: skip
         tokens = f"{ours[0]['tokens']:,} of {ours[0]['raw_tokens']:,}; {load:.0%}"
         print(f"{task:11}" + "".join(f"{cell:>12}" for cell in cells) + f"   {tokens}")
-        checks.append((f"speedup_{task}", min(walls[0] / walls[1], cpus[0] / cpus[1]), ">=", bound))
+        checks.append(
+            Bound(f"speedup_{task}", min(walls[0] / walls[1], cpus[0] / cpus[1]), bound, at_most=False)
+        )
     return checks
 
 
-def _exactness(done: Units) -> list[Check]:
-    checks: list[Check] = []
+def _exactness(done: Units) -> list[Bound]:
+    checks: list[Bound] = []
     for task in SPEED_BOUNDS:
         if unit := done.get(f"exact/compared/{task}"):
-            checks.append((f"fp32_max_difference_{task}", unit["max_difference"], "<=", 1e-3))
-            checks.append((f"fp32_other_answers_{task}", unit["other_answers"], "<=", 0))
+            checks.append(Bound(f"fp32_max_difference_{task}", unit["max_difference"], 1e-3))
+            checks.append(Bound(f"fp32_other_answers_{task}", unit["other_answers"], 0))
     return checks
 
 
-def _costs(done: Units) -> list[Check]:
-    checks: list[Check] = []
+def _costs(done: Units) -> list[Bound]:
+    checks: list[Bound] = []
     if "memory/hflm" in done and "memory/ours" in done:
         peaks = [done[f"memory/{who}"]["peak_bytes"] / 2**30 for who in ("ours", "hflm")]
         print(f"\npeak memory: ours {peaks[0]:.2f} GiB, HFLM {peaks[1]:.2f} GiB")
-        checks.append(("memory_of_hflm", peaks[0] / peaks[1], "<=", 1.0))
+        checks.append(Bound("memory_of_hflm", peaks[0] / peaks[1], 1.0))
     whole, half_items, quarter = (_wall(done, f"linear/{share}/") for share in (1.0, 0.5, 0.25))
     if whole and quarter:
         print(f"arc_easy items 125, 250, 500: {quarter:.2f}, {half_items:.2f}, {whole:.2f} s")
-        checks.append(("time_4x_items", whole / quarter, "<=", 4.4))
+        checks.append(Bound("time_4x_items", whole / quarter, 4.4))
     if whole and (half := _wall(done, "half/")):
         unit = _units(done, "half/")[0]
         print(f"{unit['layers']} layers, {unit['flops_share']:.1%} of the FLOPs: {half:.2f} s")
-        checks.append(("time_half_flops", half / whole, "<=", 0.65))
+        checks.append(Bound("time_half_flops", half / whole, 0.65))
     if peak := done.get("peak"):
         print(f"matrix peak: {peak['bf16_gflop_s']:.0f} GFLOP/s in bf16, {peak['fp32_gflop_s']:.0f} in fp32")
     if unit := done.get("breakdown"):
@@ -91,7 +83,7 @@ def _costs(done: Units) -> list[Check]:
     return checks
 
 
-def _race(done: Units) -> list[Check]:
+def _race(done: Units) -> list[Bound]:
     unit = done.get("race")
     if unit is None:
         return []
@@ -101,11 +93,11 @@ def _race(done: Units) -> list[Check]:
         f"{unit['seconds_raced']:.0f} s against {unit['seconds_full']:.0f} s, front of "
         f"{len(unit['front'])}: {'the same' if unit['same_front'] else 'ANOTHER'}"
     )
-    return [("race_same_front", float(unit["same_front"]), ">=", 1.0)]
+    return [Bound("race_same_front", float(unit["same_front"]), 1.0, at_most=False)]
 
 
-def _accuracy(done: Units) -> list[Check]:
-    checks: list[Check] = []
+def _accuracy(done: Units) -> list[Bound]:
+    checks: list[Bound] = []
     print(
         f"\n{'unpruned starter, fp32':28}{'items':>7}{'HFLM':>9}{'ours':>9}{'95% interval':>20}{'differ':>8}"
     )
@@ -118,7 +110,7 @@ def _accuracy(done: Units) -> list[Check]:
         print(
             f"{name:28}{len(ours['right']):7d}{theirs['value']:9.4f}{ours['value']:9.4f}{span:>20}{differ:8d}"
         )
-        checks.append((f"accuracy_items_that_differ_{name}", float(differ), "<=", 0))
+        checks.append(Bound(f"accuracy_items_that_differ_{name}", float(differ), 0))
     return checks
 
 

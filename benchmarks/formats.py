@@ -26,6 +26,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import numpy as np
 import torch
 from transformers import AutoTokenizer
+from verdict import Bound, conclude
 
 from compressor import models
 from compressor.engines.host import host_faults
@@ -246,25 +247,21 @@ def _report(results: Sequence[Result]) -> int:
             f"{r.artefact.label:28s}{r.bytes / 1e6:8.1f}{r.bytes / reference.bytes:9.3f}{r.nll:9.4f}"
             f"{r.nll / reference.nll - 1:+9.2%}{r.kl:9.4f}{r.tok_s:8.1f}{same:>7s}{r.write_seconds:7.1f}"
         )
-    checks = list(_checks(results))
-    for name, value, bound in checks:
-        print(f"{name:55s} {value:10.4g}  <= {bound:<8g} {'met' if value <= bound else 'MISSED'}")
-    print(json.dumps(_figures(results) | {n: {"value": v, "bound": b, "met": v <= b} for n, v, b in checks}))
-    return 0 if all(value <= bound for _, value, bound in checks) else 1
+    return conclude(list(_checks(results)), {"figures": _figures(results)})
 
 
-def _checks(results: Sequence[Result]) -> list[tuple[str, float, float]]:
+def _checks(results: Sequence[Result]) -> list[Bound]:
     reference = results[0]
     full = [r for r in results if r.artefact.full]
-    checks = [(f"{r.artefact.label}: other greedy texts", _others(r, reference), 0.0) for r in full]
+    checks = [Bound(f"{r.artefact.label}: other greedy texts", _others(r, reference), 0.0) for r in full]
     for r in results:
         loss = r.nll / reference.nll - 1
         if r.artefact.label == "onnxruntime-genai, INT8":
-            checks.append(("INT8 package of the bf16 folder's bytes", r.bytes / reference.bytes, 0.53))
-            checks.append(("ONNX Runtime INT8: NLL above bf16", loss, 0.005))
-            checks.append(("a package, s", r.write_seconds, 60))
+            checks.append(Bound("INT8 package of the bf16 folder's bytes", r.bytes / reference.bytes, 0.53))
+            checks.append(Bound("ONNX Runtime INT8: NLL above bf16", loss, 0.005))
+            checks.append(Bound("a package, s", r.write_seconds, 60))
         elif r.artefact.label == "vLLM with plugin, W8A8":
-            checks.append(("vLLM W8A8: NLL above bf16", loss, 0.01))
+            checks.append(Bound("vLLM W8A8: NLL above bf16", loss, 0.01))
     return checks
 
 

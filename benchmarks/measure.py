@@ -14,7 +14,6 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ import numpy as np
 import rivals
 from measure_units import Bench
 from scipy.stats import spearmanr
+from verdict import Bound, conclude
 
 from compressor.engines.host import host_faults
 from compressor.engines.speed import fit_speed
@@ -35,20 +35,6 @@ DATA = ROOT.parent / "shared" / "data"
 REPEATS = 5
 ROUNDS = 3
 Done = dict[str, dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One figure beside its bound."""
-
-    name: str
-    value: float
-    bound: float
-    at_most: bool = True
-
-    @property
-    def met(self) -> bool:
-        return bool(self.value <= self.bound if self.at_most else self.value >= self.bound)
 
 
 def main() -> int:
@@ -99,20 +85,16 @@ def _wait(done: Done, pause: float) -> None:
 
 def _report(done: Done) -> int:
     figures = [figure for part in (_building, _repeats, _panel, _logits, _llama) for figure in part(done)]
-    for f in figures:
-        verdict = "met" if f.met else "MISSED"
-        print(f"{f.name:58s} {f.value:10.4g}  {'<=' if f.at_most else '>='} {f.bound:<8g} {verdict}")
-    print(json.dumps({f.name: {"value": float(f.value), "bound": f.bound, "met": f.met} for f in figures}))
-    return 0 if all(f.met for f in figures) else 1
+    return conclude(figures)
 
 
-def _building(done: Done) -> Iterator[Figure]:
+def _building(done: Done) -> Iterator[Bound]:
     if unit := done.get("building"):
-        yield Figure("build and load a candidate in onnxruntime, s", max(unit["seconds"]), 1.0)
-        yield Figure("bytes of the largest candidate", unit["bytes"], 200_000)
+        yield Bound("build and load a candidate in onnxruntime, s", max(unit["seconds"]), 1.0)
+        yield Bound("bytes of the largest candidate", unit["bytes"], 200_000)
 
 
-def _repeats(done: Done) -> Iterator[Figure]:
+def _repeats(done: Done) -> Iterator[Bound]:
     units = [unit for name, unit in done.items() if name.startswith("repeat")]
     if len(units) < REPEATS:
         return
@@ -122,17 +104,17 @@ def _repeats(done: Done) -> Iterator[Figure]:
         ratios = [unit[f"{name}_ratio"] for unit in units]
         absolute = [unit[f"{name}_ms"] for unit in units]
         print(f"{name}: ratios {[round(r, 3) for r in ratios]}, ms {[round(a, 2) for a in absolute]}")
-        yield Figure(f"{name} ratio of five repeats, max/min", max(ratios) / min(ratios), 1.05)
+        yield Bound(f"{name} ratio of five repeats, max/min", max(ratios) / min(ratios), 1.05)
 
 
-def _panel(done: Done) -> Iterator[Figure]:
+def _panel(done: Done) -> Iterator[Bound]:
     if "panel" not in done:
         return
     known, taken = done["panel"]["known"], done["panel"]["taken"]
     for name in ("ttft", "tpot"):
         ratios = [one[f"{name}_ratio"] for one in taken]
         correlation = float(spearmanr([one["flops"] for one in taken], ratios)[0])
-        yield Figure(f"rank correlation of {name} with FLOPs", correlation, 0.95, at_most=False)
+        yield Bound(f"rank correlation of {name} with FLOPs", correlation, 0.95, at_most=False)
     # On a machine that others use, what counts is the time beside the reference's at that moment.
     scale = {n: float(np.median([one[f"reference_{n}_ms"] for one in taken])) for n in ("ttft", "tpot")}
     times = {n: [one[f"{n}_ratio"] * scale[n] for one in taken] for n in scale}
@@ -146,12 +128,12 @@ def _panel(done: Done) -> Iterator[Figure]:
         print(
             f"predictor of {name}: {known} known, largest error {max(errors):.3f}, stated {model.error:.3f}"
         )
-        yield Figure(
+        yield Bound(
             f"predictor's error on held-out {name}, 90th percentile", float(np.quantile(errors, 0.9)), 0.07
         )
 
 
-def _logits(done: Done) -> Iterator[Figure]:
+def _logits(done: Done) -> Iterator[Bound]:
     if "logits" not in done:
         return
     found = done["logits"]["found"]
@@ -160,11 +142,11 @@ def _logits(done: Done) -> Iterator[Figure]:
             f"{one['layers']} layers, mean width {one['mean_width']:.0f}, bits {one['bits']}: fp32 graph "
             f"{one['fp32_gap']:.1e}, INT8 KL {one['int8_kl']:.4f}"
         )
-    yield Figure("fp32 graph's largest gap of logits", max(one["fp32_gap"] for one in found), 1e-3)
-    yield Figure("INT8 KL on 500 tokens, nats, worst candidate", max(one["int8_kl"] for one in found), 0.02)
+    yield Bound("fp32 graph's largest gap of logits", max(one["fp32_gap"] for one in found), 1e-3)
+    yield Bound("INT8 KL on 500 tokens, nats, worst candidate", max(one["int8_kl"] for one in found), 0.02)
 
 
-def _llama(done: Done) -> Iterator[Figure]:
+def _llama(done: Done) -> Iterator[Bound]:
     units = [unit for name, unit in done.items() if name.startswith("llama")]
     if not units:
         return
@@ -173,10 +155,10 @@ def _llama(done: Done) -> Iterator[Figure]:
         for who, figures in (("ours", ours), ("llama.cpp Q8_0", theirs)):
             ttft, tpot = figures[row]
             print(f"{who}, prompt {tokens}: prefill {1e3 * tokens / ttft:.0f} tok/s, decode {1e3 / tpot:.0f}")
-        yield Figure(
+        yield Bound(
             f"decode against llama.cpp Q8_0, prompt {tokens}", theirs[row][1] / ours[row][1], 1.2, False
         )
-        yield Figure(
+        yield Bound(
             f"prefill against llama.cpp Q8_0, prompt {tokens}", theirs[row][0] / ours[row][0], 1.0, False
         )
 

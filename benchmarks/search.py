@@ -2,8 +2,8 @@
 
 Hypervolume is given as the mean, over all byte budgets between the smallest sub-network and the bench's
 own, of the best agreement found within each. Everything evaluated stays in one ledger, so a run
-that was stopped (or ran out of --minutes: exit 3) goes on where it stopped. Prints a table, and exits 1
-if a bound is missed; --plot draws the curves with their bands.
+that was stopped (or ran out of --minutes: exit 3) goes on where it stopped. Prints a table, then one line of
+JSON, and exits 1 if a bound is missed; --plot draws the curves with their bands.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from scipy.stats import ttest_rel
 from search_objective import Bench, open_bench, prepare
+from verdict import Bound, conclude
 
 from compressor.search.algorithms import make_search
 from compressor.search.front import hypervolume
@@ -54,13 +55,14 @@ def main() -> int:
         for algorithm in algorithms
         for seed in range(options.seeds)
     ]
-    missed = report(bench, traces, checkpoints)
+    bounds = report(bench, traces, checkpoints)
     if options.plot:
         plot(traces, options.plot)
+    code = conclude(bounds, {"medians": medians(traces, checkpoints)})
     if time.monotonic() > deadline:
         print("out of time: run again to go on")
         return 3
-    return 1 if missed else 0
+    return code
 
 
 def _options() -> argparse.Namespace:
@@ -139,8 +141,8 @@ def faults(bench: Bench, outcomes: list[Outcome]) -> int:
     return over + len(outcomes) - len({o.subnet for o in outcomes})
 
 
-def report(bench: Bench, traces: list[Trace], checkpoints: list[int]) -> list[str]:
-    """Print the tables; returns the bounds that are missed."""
+def report(bench: Bench, traces: list[Trace], checkpoints: list[int]) -> list[Bound]:
+    """Print the tables; returns the figures with their bounds."""
     console = Console()
     table = Table("", *(str(c) for c in checkpoints), "seeds", "search / evaluation s", "faults")
     names = list(dict.fromkeys(t.algorithm for t in traces))
@@ -158,15 +160,10 @@ def report(bench: Bench, traces: list[Trace], checkpoints: list[int]) -> list[st
         f"different sub-networks evaluated on {bench.text.task_key('search')}"
     )
     console.print(table)
-    missed = []
-    for line, met in (*_reach_bounds(traces), *_paired_bounds(traces, checkpoints), *_cost_bounds(traces)):
-        console.print(f"{'met   ' if met else 'MISSED'}  {line}")
-        if not met:
-            missed.append(line)
-    return missed
+    return [*_reach_bounds(traces), *_paired_bounds(traces, checkpoints), *_cost_bounds(traces)]
 
 
-def _reach_bounds(traces: list[Trace]) -> Iterable[tuple[str, bool]]:
+def _reach_bounds(traces: list[Trace]) -> Iterable[Bound]:
     """How soon ours has what a rival has at the end."""
     for rival, share in (("nsga2", 125 / 250), ("random", 60 / 250)):
         ends = {t.seed: (t.volumes[-1], len(t.volumes)) for t in traces if t.algorithm == rival and t.volumes}
@@ -180,13 +177,11 @@ def _reach_bounds(traces: list[Trace]) -> Iterable[tuple[str, bool]]:
             if t.algorithm == OURS and t.volumes
         ]
         if needed:
-            median = statistics.median(needed)
-            bound = share * length
-            line = f"{OURS} has {rival}'s {target:.4f} of {length} evaluations after {median:g}"
-            yield f"{line} (bound {bound:g})", median <= bound
+            name = f"evaluations of {OURS} to {rival}'s {target:.4f} after {length}"
+            yield Bound(name, statistics.median(needed), share * length)
 
 
-def _paired_bounds(traces: list[Trace], checkpoints: list[int]) -> Iterable[tuple[str, bool]]:
+def _paired_bounds(traces: list[Trace], checkpoints: list[int]) -> Iterable[Bound]:
     """One-sided paired t-tests over seeds that ours is worse than LINAS as published."""
     curves = {(t.algorithm, t.seed): t.volumes for t in traces}
     seeds = {t.seed for t in traces}
@@ -199,10 +194,8 @@ def _paired_bounds(traces: list[Trace], checkpoints: list[int]) -> Iterable[tupl
         if not pairs:
             continue
         ours, theirs = np.array(pairs).T
-        gain = float(np.mean(ours - theirs))
-        worse = _worse_p(ours, theirs)
-        line = f"at {checkpoint}: ours minus published {gain:+.4f}, p(worse) = {worse:.3f}"
-        yield f"{line}, {len(pairs)} seeds", gain >= 0 or worse > 0.05
+        name = f"p(worse than published) at {checkpoint}, gain {float(np.mean(ours - theirs)):+.4f}"
+        yield Bound(f"{name}, {len(pairs)} seeds", _worse_p(ours, theirs), 0.05, at_most=False)
 
 
 def _worse_p(ours: Any, theirs: Any) -> float:
@@ -211,14 +204,19 @@ def _worse_p(ours: Any, theirs: Any) -> float:
     return float(ttest_rel(ours, theirs, alternative="less").pvalue)
 
 
-def _cost_bounds(traces: list[Trace]) -> Iterable[tuple[str, bool]]:
+def _cost_bounds(traces: list[Trace]) -> Iterable[Bound]:
     ours = [t for t in traces if t.algorithm == OURS and t.outcomes]
     if ours:
         search, evaluation = sum(t.search_s for t in ours), sum(t.evaluation_s for t in ours)
-        share = search / (search + evaluation)
-        yield f"search takes {share:.1%} of the run (bound {MAX_OVERHEAD:.0%})", share <= MAX_OVERHEAD
-        count = sum(t.faults for t in ours)
-        yield f"{count} evaluations over the budget or repeated (bound 0)", count == 0
+        yield Bound("share of the run outside evaluations", search / (search + evaluation), MAX_OVERHEAD)
+        yield Bound("evaluations over the budget or repeated", sum(t.faults for t in ours), 0)
+
+
+def medians(traces: list[Trace], checkpoints: list[int]) -> dict[str, dict[int, str]]:
+    """Each algorithm's median hypervolume over seeds at each checkpoint."""
+    names = dict.fromkeys(t.algorithm for t in traces)
+    mine = {name: [t for t in traces if t.algorithm == name] for name in names}
+    return {name: {c: _median_at(found, c) for c in checkpoints} for name, found in mine.items()}
 
 
 def _median_at(traces: list[Trace], checkpoint: int) -> str:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from compressor import models
+from compressor.compute import fastest_cpu_dtype
 from compressor.evaluation.agreement import AgreementText, torch_predict
 from compressor.ledger import Key, Ledger, Row
 from compressor.search.problem import ExactConstraint, Objective, Outcome, Problem
@@ -49,10 +50,11 @@ class Bench:
     info: SupernetInfo
     ledger: Ledger
     budget_bytes: float
+    numerics: str
 
     def evaluate(self, subnet: SubNetwork) -> tuple[Outcome, float]:
         """The outcome, and the seconds that it costs when it is not in the ledger already."""
-        key = Key(subnet.digest, self.info.weights_hash, self.text.task_key("search"), "bf16")
+        key = Key(subnet.digest, self.info.weights_hash, self.text.task_key("search"), self.numerics)
         row = self.ledger.get(key)
         if row is None:
             began = time.perf_counter()
@@ -67,7 +69,8 @@ class Bench:
 def open_bench(folder: Path, budget_share: float) -> Bench:
     """The bench on ``folder``'s super-network: agreement against INT8 bytes, within a share of the
     unpruned model's."""
-    model, _, _ = load_supernet(folder / "supernet")
+    dtype = fastest_cpu_dtype()
+    model, _, _ = load_supernet(folder / "supernet", dtype)
     elastic = Elastic(model)
     info = read_info(folder / "supernet")
     space = SearchSpace.from_fractions(elastic.shape, DEPTHS, WIDTHS, info.drop_order)
@@ -83,4 +86,4 @@ def open_bench(folder: Path, budget_share: float) -> Bench:
         (ExactConstraint("memory", size, budget, "MiB", 2**20),),
     )
     text = AgreementText.load(folder / "text.npz")
-    return Bench(problem, elastic, text, info, Ledger(folder / LEDGER), budget)
+    return Bench(problem, elastic, text, info, Ledger(folder / LEDGER), budget, str(dtype))

@@ -26,6 +26,7 @@ from pathlib import Path
 
 import psutil
 from rivals import ROOT, our_package
+from verdict import Bound, conclude
 
 CLIENTS = 6
 SAMPLE_SECONDS = 0.5
@@ -132,8 +133,11 @@ def _verdict(samples: list[float], outcomes: Counter[str]) -> int:
     wrong = [name for name in outcomes if name not in ("answered", "left", "status 400", "status 429")]
     flat = abs(growth) <= FLATNESS
     print(f"last quarter against second: {growth:+.1%} ({'flat' if flat else 'not flat'})")
-    print(json.dumps({"quarters_mib": quarters, "growth": growth, "outcomes": dict(outcomes)}))
-    return 0 if flat and not wrong else 1
+    bounds = [
+        Bound("memory, last quarter against second", abs(growth), FLATNESS),
+        Bound("requests that went wrong", sum(outcomes[name] for name in wrong), 0),
+    ]
+    return conclude(bounds, {"quarters_mib": quarters, "growth": growth, "outcomes": dict(outcomes)})
 
 
 def _wait(server: subprocess.Popen[bytes], port: int) -> None:

@@ -10,7 +10,6 @@ if a bound is missed.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import statistics
 import subprocess
@@ -21,6 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from verdict import Bound, conclude
 from wizard_terminal import Terminal
 
 from compressor.request import stored_request
@@ -169,30 +169,21 @@ def _verdict(
     print(
         f"  while the search runs: worst {max(loaded):.2f} s. The search evaluated {evaluated} sub-networks."
     )
+    bounds = [
+        Bound("start_s", statistics.median(starts), START_BOUND_S),
+        Bound("key_p95_ms", tail, KEY_BOUND_MS),
+        Bound("slowest_key_median_ms", slow, KEY_BOUND_MS),
+        Bound("key_worst_ms", every[-1], KEY_BOUND_MS),
+        Bound("evaluated_meanwhile", evaluated, 1, at_most=False),
+    ]
     figures = {
-        "start_s": (statistics.median(starts), START_BOUND_S),
-        "key_p95_ms": (tail, KEY_BOUND_MS),
-        "slowest_key_median_ms": (slow, KEY_BOUND_MS),
+        "key_median_ms": round(statistics.median(every), 1),
+        "slowest_key": slowest,
+        "presses": len(every),
+        "start_worst_s": round(max(starts), 3),
+        "start_under_load_s": round(max(loaded), 3),
     }
-    met = {name: value < bound for name, (value, bound) in figures.items()}
-    for name, (value, bound) in figures.items():
-        print(f"{name:28s} {value:8.2f} < {bound:g}  {'met' if met[name] else 'MISSED'}")
-    print(
-        json.dumps(
-            {
-                **{name: round(value, 3) for name, (value, _) in figures.items()},
-                "bounds": {name: bound for name, (_, bound) in figures.items()},
-                "key_median_ms": round(statistics.median(every), 1),
-                "key_worst_ms": round(every[-1], 1),
-                "slowest_key": slowest,
-                "presses": len(every),
-                "start_worst_s": round(max(starts), 3),
-                "start_under_load_s": round(max(loaded), 3),
-                "evaluated_meanwhile": evaluated,
-            }
-        )
-    )
-    return 0 if all(met.values()) and evaluated > 0 else 1
+    return conclude(bounds, figures)
 
 
 if __name__ == "__main__":
