@@ -60,7 +60,6 @@ class Reference:
     accuracy: Score | None = None
     search_accuracy: Score | None = None
     speed: Speed | None = None
-    package_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,6 @@ class Winner:
     accuracy: Score
     speed: Speed
     search_accuracy: Score | None = None
-    package_bytes: int | None = None
     parameters: int | None = None
     tests: tuple[PairedTest, ...] = ()
 

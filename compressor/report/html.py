@@ -122,16 +122,13 @@ def _choices(data: ReportData) -> list[Row]:
     if data.winner is not None:
         w = data.winner
         name = f"winner, {data.numerics.upper()}"
-        rows.append(_choice(name, w.weight_bytes, w.package_bytes, w.accuracy, w.speed, base))
-    return rows + [
-        _choice(r.name, r.weight_bytes, r.package_bytes, r.accuracy, r.speed, base) for r in data.references
-    ]
+        rows.append(_choice(name, w.weight_bytes, w.accuracy, w.speed, base))
+    return rows + [_choice(r.name, r.weight_bytes, r.accuracy, r.speed, base) for r in data.references]
 
 
 def _choice(
     name: str,
     weight_bytes: int,
-    package_bytes: int | None,
     accuracy: Score | None,
     speed: Speed | None,
     full_bytes: int | None,
@@ -143,7 +140,6 @@ def _choice(
         "interval": wording.interval(accuracy),
         "weights": wording.size(weight_bytes),
         "ratio": wording.against(weight_bytes, full_bytes),
-        "package": wording.size(package_bytes),
         "ttft": ttft,
         "tpot": tpot,
         "throughput": throughput,

@@ -21,7 +21,7 @@ def summary_table(data: ReportData) -> Table:
     )
     table.add_column("")
     table.add_column(f"{data.accuracy_name}\n(95% interval)", justify="right")
-    table.add_column("weights\n(package)", justify="right")
+    table.add_column("weights", justify="right")
     table.add_column("beside\nINT8", justify="right")
     for name, unit in zip(("TTFT", "TPOT", "throughput"), UNITS, strict=True):
         table.add_column(f"{name}\n({unit})", justify="right")
@@ -30,10 +30,10 @@ def summary_table(data: ReportData) -> Table:
     if data.winner is not None:
         w = data.winner
         name = f"winner, {data.numerics.upper()}"
-        row = _row(name, w.accuracy, w.weight_bytes, w.package_bytes, base, w.speed)
+        row = _row(name, w.accuracy, w.weight_bytes, base, w.speed)
         table.add_row(*row, style="bold", end_section=True)
     for r in data.references:
-        table.add_row(*_row(r.name, r.accuracy, r.weight_bytes, r.package_bytes, base, r.speed))
+        table.add_row(*_row(r.name, r.accuracy, r.weight_bytes, base, r.speed))
     return table
 
 
@@ -41,17 +41,15 @@ def _row(
     name: str,
     accuracy: Score | None,
     weight_bytes: int,
-    package_bytes: int | None,
     full_bytes: int | None,
     speed: Speed | None,
 ) -> list[str]:
     spread = wording.interval(accuracy)
-    package = f"\n({wording.size(package_bytes)})" if package_bytes else ""
     times = (speed.ttft_ms, speed.tpot_ms, speed.throughput_tok_s) if speed else ()
     return [
         escape(name),
         wording.score(accuracy) + (f"\n({spread})" if spread else ""),
-        wording.size(weight_bytes) + package,
+        wording.size(weight_bytes),
         wording.against(weight_bytes, full_bytes),
         *([wording.significant(value) for value in times] or [wording.MISSING] * 3),
     ]

@@ -77,7 +77,6 @@ REFERENCES = (
         Score(0.962, 0.953, 0.970, 1900),
         Score(0.958, 0.95, 0.966, 1900),
         Speed(262.0, 12.4, 61.5),
-        155_800_000,
     ),
     Reference(
         "unpruned, INT4",
@@ -86,7 +85,6 @@ REFERENCES = (
         Score(0.734, 0.714, 0.753, 1900),
         Score(0.741, 0.72, 0.76, 1900),
         Speed(288.0, 9.3, 73.2),
-        88_500_000,
     ),
 )
 
@@ -131,7 +129,6 @@ def _winner(best: Candidate) -> Winner:
         accuracy=Score(share, share - 0.022, share + 0.022, 1900),
         speed=best.speed,
         search_accuracy=best.accuracy,
-        package_bytes=best.weight_bytes + 3_900_000,
         parameters=101_234_567,
         tests=(PairedTest("the unpruned model in INT8", 0.0001, 21, 640),),
     )
