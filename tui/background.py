@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from tui.choices import Choices
 STOPPED_BY_HAND = 130
 BUDGETS_MISSED = 3
 INTERRUPTED = "interrupted"
+NICENESS = 10
+"""A run gives way to who sits at the keyboard; where nobody else wants the cores it loses nothing."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,7 @@ class BackgroundRun:
                 stderr=log,
                 start_new_session=True,
             )
+        _give_way(child.pid)
         return cls(folder, child.pid, child)
 
     @classmethod
@@ -159,3 +163,10 @@ def last_complaint(folder: RunFolder) -> str:
     if any(line.startswith("Traceback ") for line in lines):
         return lines[-1].strip()
     return ""
+
+
+def _give_way(pid: int) -> None:
+    """Lower a process's priority, and that of its session, by which Linux desktops share the cores."""
+    with suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, pid, NICENESS)
+        Path(f"/proc/{pid}/autogroup").write_text(str(NICENESS))

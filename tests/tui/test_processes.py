@@ -20,7 +20,7 @@ import pytest
 from compressor.errors import InputError, PackageError, RunConflictError
 from compressor.runfolder import RunFolder
 from tests.tui.sample_run import write_run
-from tui.background import BackgroundRun, Ending, last_complaint
+from tui.background import NICENESS, BackgroundRun, Ending, last_complaint
 from tui.choices import Choices
 from tui.endpoint import Endpoint, refuse_taken_port
 
@@ -96,6 +96,7 @@ def test_a_run_that_fails_leaves_its_message_and_lives_in_a_session_of_its_own(t
     choices = Choices().but(profile="starter-cpu", model=str(tmp_path)).in_folder(tmp_path / "run")
     run = BackgroundRun.start(choices)
     assert os.getsid(run.pid) == run.pid != os.getsid(0)
+    assert os.getpriority(os.PRIO_PROCESS, run.pid) >= NICENESS
     assert until(lambda: not run.alive, 120)
     ending = run.ending()
     assert ending.failed and ending.code == 2

@@ -29,7 +29,7 @@ SOURCES = (
 )
 ACCURACIES = (
     ("agreement", "Agreement with the whole model: no data needed, seconds a candidate"),
-    ("paper", "The paper's four tasks: their data needed, a minute a candidate or more"),
+    ("paper", "The paper's five tasks: their data needed, a minute a candidate or more"),
     ("tasks", "lm-eval tasks of your choice: the more items, the longer"),
 )
 TRAINING = (("free", "Data-free: the model writes its own text"), ("own", "A file, or a hub data set"))
