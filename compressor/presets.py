@@ -32,10 +32,10 @@ class Effort:
 PRESETS = {
     "quick": Effort(
         evaluations=32,
-        tuning_minutes=4.5,
+        tuning_minutes=5,
         tuning_steps=480,
         tuning_batch=4,
-        text_sequences=208,
+        text_sequences=384,
         score_sequences=48,
         sequence_length=160,
         bench_seconds=2.0,

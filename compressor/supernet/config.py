@@ -31,7 +31,7 @@ class FinetuneConfig:
     teacher: Literal["original", "super"] = "original"
     temperature: float = 1.0
     recipe: Recipe = "alternate"
-    super_every: int = 4
+    super_every: int = 8
     sampling: Sampling = "small"
     budget_parameters: int | None = None
     warmup: float = 0.1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from compressor.search.sampling import first_population, unseen
+from compressor.search.sampling import first_population, ranked_to, unseen
 from tests.search.synthetic import MIXED, SPACE, int8_bytes, make_problem
 
 
@@ -42,3 +42,17 @@ def test_unseen_never_repeats():
     second = unseen(problem, 30, {s.digest for s in first}, np.random.default_rng(0))
     assert not {s.digest for s in first} & {s.digest for s in second}
     assert len(first) == len(second) == 30
+
+
+@pytest.mark.parametrize("space", [SPACE, MIXED])
+def test_layers_that_are_dropped_last_are_the_widest(space):
+    problem = make_problem(space, 0.8)
+    target = 0.75 * int8_bytes(space.full)
+    found = ranked_to(problem, target)
+    widths = dict(zip(found.layers, found.widths, strict=True))
+    ranked = [widths[layer] for layer in reversed(space.drop_order) if layer in widths]
+    assert problem.allows(found) and 0.95 * target < int8_bytes(found) <= target
+    assert ranked[0] == space.widths[-1] and ranked[-1] == space.widths[0]
+    assert sorted(ranked[:-1], reverse=True)[: len(ranked) // 2] == ranked[: len(ranked) // 2]
+    deeper = [d for d in space.depths if d > found.depth]
+    assert all(int8_bytes(space.uniform(d, space.widths[0], space.bits[0])) > target for d in deeper)
