@@ -28,7 +28,7 @@ from compressor.engines.onnx_store import (
 )
 from compressor.engines.quantize import quantize
 from compressor.engines.source import Source
-from compressor.errors import InputError
+from compressor.errors import InputError, PackageError
 from compressor.events import Listener, StageProgress, ignore
 from compressor.space import WIDTH_MULTIPLE, ModelShape
 
@@ -57,11 +57,12 @@ def export(
     temporary.mkdir(parents=True)
     try:
         _write(source, temporary, wanted, weights_hash, listener)
-    except BaseException:
+        shutil.rmtree(out, ignore_errors=True)
+        temporary.rename(out)
+    except OSError as error:
+        raise PackageError(f"{out} could not be written ({error}): free disk space and try again") from error
+    finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    shutil.rmtree(out, ignore_errors=True)
-    temporary.rename(out)
     return open_export(out)
 
 

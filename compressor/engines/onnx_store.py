@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from compressor.errors import InputError
+from compressor.errors import InputError, PackageError
 from compressor.space import QUANT_BLOCK, ModelShape, Numerics, SubNetwork
 
 ALIGNMENT = 64
@@ -123,7 +124,8 @@ class Export:
     def tensors(self, subnet: SubNetwork, numerics: Numerics = "int8") -> dict[str, TensorRef]:
         """The tensors of a sub-network by role, layers renumbered from 0; quantized matrices have scales.
 
-        Raises ``InputError`` for bits that were not exported or layers the model lacks.
+        Raises ``InputError`` for bits that were not exported or layers the model lacks, ``PackageError``
+        where the disk refuses the cut of a width that was not asked for before.
         """
         outer = {"int4": 4, "int8": 8}.get(numerics, UNQUANTIZED)
         self._require_bits({outer, *self._layer_bits(subnet, numerics)})
@@ -209,16 +211,24 @@ class Export:
         return self._down[width]
 
     def _cut_down(self, width: int, index: Path) -> None:
-        temporary = self.folder / f"down-{width}.bin.tmp"
-        with TensorFile(temporary) as file:
-            for name, ref in self._table.items():
-                if ".down." in name:
-                    file.add(name, _cut_columns(self.read(ref), name, width))
-        temporary.replace(self.folder / f"down-{width}.bin")
-        table = {name: asdict(replace(ref, file=f"down-{width}.bin")) for name, ref in file.table.items()}
-        partial = index.with_suffix(".tmp")
-        partial.write_text(json.dumps(table), encoding="utf-8")
-        partial.replace(index)
+        name = f"down-{width}.bin"
+        partial, partial_index = (self.folder / f"{part}.tmp{os.getpid()}" for part in (name, index.name))
+        try:
+            with TensorFile(partial) as file:
+                for role, ref in self._table.items():
+                    if ".down." in role:
+                        file.add(role, _cut_columns(self.read(ref), role, width))
+            table = {role: asdict(replace(ref, file=name)) for role, ref in file.table.items()}
+            partial_index.write_text(json.dumps(table), encoding="utf-8")
+            partial.replace(self.folder / name)
+            partial_index.replace(index)
+        except OSError as error:
+            raise PackageError(
+                f"{self.folder / name} could not be written ({error}): free disk space and try again"
+            ) from error
+        finally:
+            partial.unlink(missing_ok=True)
+            partial_index.unlink(missing_ok=True)
 
 
 def _matrix(table: Mapping[str, TensorRef], name: str, role: str) -> dict[str, TensorRef]:

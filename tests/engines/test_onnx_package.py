@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import pytest
 
-from compressor.engines import onnx_package, verify_package
+from compressor.engines import verify_package
 from compressor.engines.memory import package_bytes
 from compressor.engines.onnx_package import DATA_FILE, GRAPH_FILE, write_package
 from compressor.engines.onnx_store import Export
@@ -109,18 +109,6 @@ def test_verifying_speaks_and_finds_a_changed_byte(package: Path, tmp_path: Path
 def test_an_existing_folder_is_refused(package: Path, tiny_export: Export) -> None:
     with pytest.raises(InputError, match="exists"):
         write_package(tiny_export, SUBNET, package, FIELDS)
-
-
-def test_a_disk_that_fills_leaves_nothing(
-    tiny_export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full_disk(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(onnx_package, "_copy_bytes", full_disk)
-    with pytest.raises(PackageError, match="No space left"):
-        write_package(tiny_export, SUBNET, tmp_path / "package", FIELDS)
-    assert not list(tmp_path.iterdir())
 
 
 def test_logits_are_held_against_the_sub_network(tiny_export: Export, tiny_model_folder: Path) -> None:
