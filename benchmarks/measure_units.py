@@ -76,7 +76,7 @@ class Bench:
 
             base = rivals.model_folder(self.cache)
             loaded = models.load(models.resolve(str(base)), torch.float32)
-            importance = rank(loaded.model, [sample_text(loaded.model, loaded.tokenizer, 16, 128, 0)])
+            importance = rank(loaded.model, [sample_text(loaded.model, loaded.tokenizer, 16, 128, 0).ids])
             sort_neurons(loaded.model, importance)
             folder.mkdir(exist_ok=True)
             model = loaded.model.to(torch.bfloat16)
