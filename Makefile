@@ -12,7 +12,7 @@ PIP_ARGS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 test test-slow test-vllm demo bench%: export HF_HUB_OFFLINE = 1
 
-.PHONY: help setup setup-vllm setup-llama setup-optimum demo test test-slow test-vllm test-optimum check format bench bench-evaluation bench-supernet bench-measure bench-search bench-formats bench-serve soak-serve bench-wizard clean
+.PHONY: help setup setup-vllm setup-llama setup-optimum demo test test-slow test-vllm test-optimum check format bench bench-evaluation bench-supernet bench-measure bench-measure-vllm bench-search bench-formats bench-serve soak-serve bench-wizard clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 20
@@ -95,7 +95,7 @@ format: setup  ## let ruff format and fix
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: bench-evaluation bench-supernet bench-measure bench-search bench-formats bench-serve bench-wizard  ## all benchmarks
+bench: bench-evaluation bench-supernet bench-measure bench-measure-vllm bench-search bench-formats bench-serve bench-wizard  ## all benchmarks
 
 bench-evaluation: setup  ## our scorer beside lm-eval's own model
 	$(BIN)/python benchmarks/evaluation.py
@@ -105,6 +105,9 @@ bench-supernet: setup  ## ranking and tuning, beside transformers' Trainer
 
 bench-measure: setup setup-llama  ## building and measuring candidates, beside llama.cpp
 	$(BIN)/python benchmarks/measure.py
+
+bench-measure-vllm: setup setup-vllm  ## building and measuring candidates in vLLM
+	$(BIN)/python benchmarks/measure_vllm.py
 
 bench-search: setup  ## LINAS beside random search, NSGA-II and LINAS as published
 	$(BIN)/python benchmarks/search.py

