@@ -23,3 +23,7 @@ def verify_package(folder: Path) -> Iterator[str]:
         from compressor.engines.onnx_verify import speak
 
         yield from speak(folder, manifest)
+    else:
+        from compressor.engines.vllm_verify import speak as speak_vllm
+
+        yield from speak_vllm(folder, manifest)

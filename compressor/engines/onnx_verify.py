@@ -9,11 +9,12 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import onnxruntime as ort
+from packaging.version import Version
 from tokenizers import Tokenizer
 
 from compressor.engines.onnx_package import GRAPH_FILE
 from compressor.engines.onnx_session import Decoder, open_session
-from compressor.errors import CompressorError, PackageError
+from compressor.errors import CompressorError, PackageError, UnfitMachineError
 from compressor.manifest import Manifest
 from compressor.space import ModelShape, Numerics, SubNetwork
 
@@ -55,6 +56,7 @@ def check_logits(
 
 def speak(folder: Path, manifest: Manifest) -> Iterator[str]:
     """Load a package and continue a few prompts greedily, one line each. Raises ``PackageError``."""
+    check_engine(manifest)
     session, shape = open_package(folder)
     yield f"onnxruntime {ort.__version__} loads {len(manifest.architecture.layers)} layers"
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -62,6 +64,16 @@ def speak(folder: Path, manifest: Manifest) -> Iterator[str]:
         ids = np.array([tokenizer.encode(prompt).ids], np.int64)
         continuation = greedy(session, shape, ids, CONTINUATION_TOKENS)
         yield f"{prompt!r} -> {tokenizer.decode(continuation)!r}"
+
+
+def check_engine(manifest: Manifest) -> None:
+    """Raise ``UnfitMachineError`` where ONNX Runtime is older than the one the package was proved with."""
+    proved = manifest.created_by.get("onnxruntime", "0")
+    if Version(ort.__version__).release[:2] < Version(proved).release[:2]:
+        raise UnfitMachineError(
+            f"the package was proved with onnxruntime {proved}, here is {ort.__version__}: "
+            f'pip install "onnxruntime>={proved}"'
+        )
 
 
 def open_package(folder: Path, threads: int | None = None) -> tuple[ort.InferenceSession, ModelShape]:

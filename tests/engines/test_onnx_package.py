@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,8 @@ from compressor.engines.onnx_package import DATA_FILE, GRAPH_FILE, write_package
 from compressor.engines.onnx_store import Export
 from compressor.engines.onnx_verify import check_logits, greedy, open_package
 from compressor.engines.onnxruntime import OnnxRuntimeEngine
-from compressor.errors import InputError, PackageError
-from compressor.manifest import Accuracy, Speed, read_manifest
+from compressor.errors import InputError, PackageError, UnfitMachineError
+from compressor.manifest import Accuracy, Speed, read_manifest, write_manifest
 from compressor.space import SubNetwork
 from tests.engines.reference import cut, logits
 
@@ -109,6 +110,15 @@ def test_verifying_speaks_and_finds_a_changed_byte(package: Path, tmp_path: Path
 def test_an_existing_folder_is_refused(package: Path, tiny_export: Export) -> None:
     with pytest.raises(InputError, match="exists"):
         write_package(tiny_export, SUBNET, package, FIELDS)
+
+
+def test_an_engine_older_than_the_package_is_told_so(package: Path, tmp_path: Path) -> None:
+    newer = tmp_path / "newer"
+    shutil.copytree(package, newer)
+    manifest = read_manifest(newer)
+    write_manifest(newer, manifest.model_copy(update={"created_by": {"onnxruntime": "99.1.0"}}))
+    with pytest.raises(UnfitMachineError, match=r"proved with onnxruntime 99\.1\.0, here is"):
+        list(verify_package(newer))
 
 
 def test_logits_are_held_against_the_sub_network(tiny_export: Export, tiny_model_folder: Path) -> None:

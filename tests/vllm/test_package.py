@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from compressor.engines import verify_package
+from compressor.engines.measure import measure
 from compressor.engines.source import Source
 from compressor.engines.vllm_package import package_config, write_package
+from compressor.engines.vllm_verify import check_engine
 from compressor.engines.vllm_weights import (
     channel_scales,
     check_tensors,
@@ -20,9 +24,10 @@ from compressor.engines.vllm_weights import (
     quantize_channels,
     write_tensors,
 )
-from compressor.errors import InputError, PackageError
+from compressor.errors import InputError, PackageError, UnfitMachineError
 from compressor.manifest import check_files, read_manifest
 from compressor.models import read_shape, resolve
+from compressor.profile import Workload
 from compressor.space import SubNetwork, parameter_count
 from serve.vllm_plugin import ARCHITECTURES
 from tests.conftest import make_tiny_model
@@ -105,6 +110,32 @@ def test_the_manifest_accounts_for_every_file(supernet: Path, tmp_path: Path) ->
     assert manifest.engine == "vllm" and manifest.architecture.widths == [128, 64, 96]
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(manifest.files)
     check_files(folder, manifest)
+
+
+def test_verifying_names_a_changed_byte_without_vllm(supernet: Path, tmp_path: Path) -> None:
+    write_package(supernet, UNEVEN, tmp_path / "p", FIELDS)
+    path = tmp_path / "p" / "tokenizer.json"
+    content = bytearray(path.read_bytes())
+    content[40] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(PackageError, match=r"tokenizer\.json is not the file"):
+        list(verify_package(tmp_path / "p"))
+
+
+def test_an_older_vllm_is_told_so() -> None:
+    for installed in ("0.32.0", "0.32.1+cpu", "0.33.0rc1", "1.0"):
+        check_engine(installed)
+    with pytest.raises(UnfitMachineError, match=r"need vLLM 0\.32, here is 0\.31\.2"):
+        check_engine("0.31.2")
+
+
+@pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed here")
+def test_where_vllm_is_missing_that_is_said(supernet: Path, tmp_path: Path) -> None:
+    write_package(supernet, UNEVEN, tmp_path / "p", FIELDS)
+    *_, last = verify_package(tmp_path / "p")
+    assert "vLLM is not installed here" in last
+    with pytest.raises(UnfitMachineError, match=r"pip install 'edge-compressor\[vllm\]'"):
+        measure(str(tmp_path / "p"), Workload(prompt_tokens=16, output_tokens=4))
 
 
 def test_shards_give_the_same_bytes_as_one_file(supernet: Path, tmp_path: Path) -> None:

@@ -17,7 +17,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from compressor.engines import verify_package
 from compressor.engines.vllm_package import write_package
+from compressor.errors import PackageError
 from compressor.space import SubNetwork
 from tests.conftest import make_tiny_model
 from tests.vllm.conftest import FIELDS, UNEVEN
@@ -70,6 +72,18 @@ def test_other_families_answer_like_transformers(tmp_path: Path, family: str) ->
     expected, found = _transformers(folder, UNEVEN), _vllm(tmp_path / "p")
     assert found.tokens == expected.tokens
     assert _largest_gap(found, expected) < 1e-3
+
+
+def test_verifying_speaks_and_names_a_changed_file(supernet: Path, tmp_path: Path) -> None:
+    write_package(supernet, UNEVEN, tmp_path / "p", FIELDS)
+    lines = list(verify_package(tmp_path / "p"))
+    assert lines[0].endswith("files are as they were packaged") and "->" in lines[-1]
+    path = tmp_path / "p" / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(PackageError, match=r"model\.safetensors is not the file"):
+        list(verify_package(tmp_path / "p"))
 
 
 @pytest.fixture(scope="module")
