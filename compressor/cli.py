@@ -304,14 +304,15 @@ def package(
     run: RunArgument,
     pick: Annotated[str, typer.Option(help="best, smallest, fastest, or a sub-network's digest.")] = "best",
     out: Annotated[Path | None, typer.Option(help="Folder to write [default: RUN/package-PICK].")] = None,
+    engine: Annotated[str, typer.Option(help="What will serve it: onnxruntime or vllm.")] = "onnxruntime",
 ) -> None:
     """Package another sub-network of a finished run's front."""
     from compressor.console import terminal_listener
-    from compressor.pipeline.run import package_pick
+    from compressor.pipeline.exporting import package_for
 
     console = Console()
     with terminal_listener(console) as listener:
-        folder = package_pick(run, pick, out, listener)
+        folder = package_for(run, engine, pick, out, listener)
     console.print(f"serve it:  compress serve {folder}", highlight=False, markup=False, soft_wrap=True)
 
 

@@ -220,6 +220,16 @@ def test_another_pick_is_exported_and_unknown_formats_are_refused(finished: Path
     assert done.returncode == 2 and "gguf, hf, vllm, onnx" in done.stderr
 
 
+def test_a_pick_is_packaged_for_vllm(finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "vllm"
+    done = compress("package", str(finished), "--engine", "vllm", "--pick", "smallest", "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    manifest = read_manifest(out)
+    assert manifest.engine == "vllm" and manifest.accuracy == [] and manifest.base_model == "model"
+    done = compress("package", str(finished), "--engine", "tensorrt")
+    assert done.returncode == 2 and "onnxruntime or vllm" in done.stderr
+
+
 def test_a_whole_model_is_exported_without_a_run(tiny_model_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "whole.gguf"
     done = compress("export", str(tiny_model_folder), "--format", "gguf", "--out", str(out))

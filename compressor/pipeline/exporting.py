@@ -57,6 +57,21 @@ def export(
     return target
 
 
+def package_for(run: Path, engine: str, pick: str, out: Path | None, listener: Listener) -> Path:
+    """The sub-network ``pick`` of a finished run as a package for ``engine``; returns its folder.
+
+    For ONNX Runtime it is measured and scored as it ships; for vLLM, in which runs do not measure yet, the
+    manifest says neither. Raises ``InputError``, ``PackageError``.
+    """
+    if engine == "onnxruntime":
+        from compressor.pipeline.run import package_pick
+
+        return package_pick(run, pick, out, listener)
+    if engine != "vllm":
+        raise InputError(f"no engine '{engine}': use onnxruntime or vllm")
+    return export(run, "vllm", pick, "", False, out or run / f"package-{pick}-vllm", listener)
+
+
 def _origin(source: Path, pick: str, listener: Listener) -> Origin:
     if not (source / RUN_FILE).is_file():
         return _whole_model(source)
