@@ -22,15 +22,17 @@ WATCH_SECONDS = 0.25
 CLOCK_JUMP_SECONDS = 1.0
 CPU_FOLDER = Path("/sys/devices/system/cpu")
 CGROUP_STAT = Path("/sys/fs/cgroup/cpu.stat")
+NVIDIA_VERSION = Path("/proc/driver/nvidia/version")
 
 
 def host_conditions() -> dict[str, Any]:
-    """Device, affinity, governor and load at this moment, recorded with every figure."""
+    """Device, drivers, affinity, governor and load at this moment, recorded with every figure."""
     return {
         "device": cpu_name(),
         "cores": sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "governor": governor(),
         "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        **drivers(),
     }
 
 
@@ -127,6 +129,16 @@ def throttled_periods() -> int:
     for path in CPU_FOLDER.glob("cpu*/thermal_throttle/core_throttle_count"):
         periods += int(path.read_text(encoding="utf-8"))
     return periods
+
+
+def drivers(nvidia: Path = NVIDIA_VERSION) -> dict[str, str]:
+    """The kernel, which is the CPU's driver, and the NVIDIA driver where one is loaded."""
+    found = {"kernel": f"{platform.system()} {platform.release()}"}
+    try:
+        found["nvidia_driver"] = nvidia.read_text(encoding="utf-8").splitlines()[0].split(":", 1)[-1].strip()
+    except (OSError, IndexError):
+        return found
+    return found
 
 
 @cache

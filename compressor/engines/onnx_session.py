@@ -69,17 +69,18 @@ def open_session(
 
 def node_placement(
     graph: onnx.ModelProto, weights: Path, shape: ModelShape, *, provider: str = CPU
-) -> dict[str, int]:
-    """How many nodes really ran on each execution provider, from a profiled pass over a few tokens.
+) -> Counter[tuple[str, str]]:
+    """How many nodes of each operator really ran where, from a profiled pass over a few tokens.
 
-    A provider that lacks an operator leaves it to the CPU without a word; this finds it out.
+    Keys are (execution provider, operator). A provider that lacks an operator leaves it to the CPU
+    without a word; this finds it out.
     """
     with tempfile.TemporaryDirectory() as scratch:
         session = open_session(graph, weights, provider=provider, profile_to=Path(scratch) / "profile")
         prefill_logits(session, shape, np.ones((1, 4), np.int64))
         events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
-    kernels = [event for event in events if event.get("name", "").endswith("_kernel_time")]
-    return dict(Counter(str(event["args"]["provider"]) for event in kernels))
+    kernels = [event["args"] for event in events if event.get("name", "").endswith("_kernel_time")]
+    return Counter((str(ran["provider"]), str(ran["op_name"])) for ran in kernels)
 
 
 def usable_cores() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -34,6 +35,9 @@ from compressor.space import ModelShape, Numerics, SubNetwork
 
 SCORED_TOKENS = 1024
 """Positions whose logits are computed in one pass when scoring (0.2 GB at a vocabulary of 50k)."""
+
+HEAVY_OPS = ("MatMulNBits", "FusedMatMul", "GroupQueryAttention")
+"""Operators that take the time; those that compute shapes belong on the CPU whatever the provider."""
 
 
 @dataclass
@@ -103,6 +107,9 @@ class OnnxRuntimeEngine:
 
     def placement(self, subnet: SubNetwork, numerics: Numerics = "int8") -> dict[str, int]:
         """Nodes of a sub-network by the execution provider that really ran them."""
+        return _by_provider(self._ran(subnet, numerics))
+
+    def _ran(self, subnet: SubNetwork, numerics: Numerics) -> Counter[tuple[str, str]]:
         graph = self._graph(subnet, numerics, "last")
         return node_placement(graph, self.export.folder, self.export.shape, provider=self.provider)
 
@@ -154,8 +161,19 @@ class OnnxRuntimeEngine:
             "numerics": candidate.numerics,
             **watch.marks(),
         }
+        if self.provider != CPU:
+            conditions |= self._whereabouts(candidate, conditions.get("unfit", []))
         peak = candidate.resident_bytes + max(0, working_bytes)
         return summarise(timings, workload, peak_memory_bytes=peak, conditions=conditions)
+
+    def _whereabouts(self, candidate: OnnxCandidate, reasons: list[str]) -> dict[str, Any]:
+        """Where the nodes really ran, and a mark if the provider left heavy ones to the CPU."""
+        ran = self._ran(candidate.subnet, candidate.numerics)
+        heavy = {provider: _heavy(ran, provider) for provider, _ in ran}
+        on_cpu = heavy.get(CPU, 0)
+        said = f"{on_cpu} of {sum(heavy.values())} heavy nodes fell back to the CPU from {self.provider}"
+        marks = [*reasons, *([said] if on_cpu else [])]
+        return {"nodes": _by_provider(ran), **({"unfit": marks} if marks else {})}
 
     def _scoring_session(self, candidate: OnnxCandidate) -> ort.InferenceSession:
         if not candidate._scoring:
@@ -169,6 +187,17 @@ class OnnxRuntimeEngine:
     def _graph(self, subnet: SubNetwork, numerics: Numerics, logits: Logits) -> onnx.ModelProto:
         export = self.export
         return build_graph(export.shape, export.constants, export.tensors(subnet, numerics), logits=logits)
+
+
+def _by_provider(ran: Counter[tuple[str, str]]) -> dict[str, int]:
+    counts: Counter[str] = Counter()
+    for (provider, _), nodes in ran.items():
+        counts[provider] += nodes
+    return dict(counts)
+
+
+def _heavy(ran: Counter[tuple[str, str]], provider: str) -> int:
+    return sum(nodes for (place, op), nodes in ran.items() if place == provider and op in HEAVY_OPS)
 
 
 def session_conditions(session: ort.InferenceSession, threads: int) -> dict[str, Any]:

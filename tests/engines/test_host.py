@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import platform
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from compressor.engines import host
-from compressor.engines.host import HostWatch, host_conditions, host_faults, require_free_memory
+from compressor.engines.host import HostWatch, drivers, host_conditions, host_faults, require_free_memory
 from compressor.errors import UnfitMachineError
 
 
@@ -51,6 +53,18 @@ def test_a_clock_that_jumps_marks_the_figure(monkeypatch: pytest.MonkeyPatch) ->
     assert any("clock jumped by +3600 s" in reason for reason in watch.marks()["unfit"])
 
 
-def test_conditions_name_the_device() -> None:
+def test_conditions_name_the_device_and_its_drivers() -> None:
     conditions = host_conditions()
     assert conditions["device"] and conditions["cores"]
+    assert conditions["kernel"] == f"{platform.system()} {platform.release()}"
+
+
+def test_the_driver_of_a_gpu_is_named_where_one_is_loaded(tmp_path: Path) -> None:
+    version = tmp_path / "version"
+    assert "nvidia_driver" not in drivers(version)
+    version.write_text(
+        "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.95.05  Release Build\nGCC version: 13\n"
+    )
+    assert drivers(version)["nvidia_driver"] == (
+        "NVIDIA UNIX Open Kernel Module for x86_64  580.95.05  Release Build"
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import onnxruntime as ort
 import pytest
 
 from compressor.engines.onnx_store import Export
@@ -60,6 +61,15 @@ def test_where_each_node_really_ran_is_told(engine: OnnxRuntimeEngine) -> None:
     placement = engine.placement(SMALL)
     assert set(placement) == {"CPUExecutionProvider"}
     assert placement["CPUExecutionProvider"] > 2 * SMALL.depth
+
+
+def test_a_provider_that_falls_back_to_the_cpu_is_found_out(tiny_export: Export) -> None:
+    if "AzureExecutionProvider" not in ort.get_available_providers():
+        pytest.skip("this onnxruntime has no provider that leaves every node to the CPU")
+    elsewhere = OnnxRuntimeEngine(tiny_export.folder, threads=1, provider="AzureExecutionProvider")
+    measured = elsewhere.bench(elsewhere.build(SMALL), WORKLOAD, max_seconds=0.2)
+    assert set(measured.conditions["nodes"]) == {"CPUExecutionProvider"}
+    assert any("fell back to the CPU" in reason for reason in measured.conditions["unfit"])
 
 
 def test_a_provider_that_is_not_there_is_named(tiny_export: Export) -> None:
