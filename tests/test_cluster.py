@@ -5,7 +5,9 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,14 @@ from compressor.cluster import Cluster, join, joined, resource_name
 from compressor.engines.onnx_export import export
 from compressor.engines.onnx_store import Export
 from compressor.errors import InputError, UnfitMachineError
+from compressor.measurement import Measurement
 from compressor.profile import Workload
 from compressor.space import SubNetwork
 
 DEVICE = "toy-board"
 WORKLOAD = Workload(prompt_tokens=16, output_tokens=4)
+HEAVY = Workload(prompt_tokens=480, output_tokens=4, concurrency=128)
+"""Long prompts, many at once, so that a measurement takes several seconds."""
 SUBNETS = [SubNetwork((0, 3), (64, 32), (8, 4)), SubNetwork((0, 1), (128, 64)), SubNetwork((2,), (32,))]
 
 
@@ -105,6 +110,52 @@ def test_a_profile_that_no_node_carries_is_named(ray_cluster: Any) -> None:
         joined(ray_cluster.address, "another-board"),
     ):
         pass
+
+
+@pytest.mark.slow
+def test_a_node_that_drops_out_mid_measurement_is_replaced_or_reported(
+    ray_cluster: Any, exported: Export, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "GRACE_SECONDS", 2.0)
+    resource = resource_name("frail-board")
+
+    def add() -> Any:
+        return ray_cluster.add_node(num_cpus=1, resources={resource: 1})
+
+    with joined(ray_cluster.address, DEVICE), ThreadPoolExecutor(1) as pool:
+        found = Cluster("frail-board")
+
+        def measuring() -> Future[Measurement]:
+            _wait_until(lambda: _has_free(resource))
+            task = pool.submit(found.bench, exported.folder, SUBNETS[0], HEAVY, threads=1, max_seconds=8.0)
+            _wait_until(lambda: not _has_free(resource))
+            time.sleep(4.0)
+            assert not task.done()
+            return task
+
+        first = add()
+        lost = measuring()
+        second = add()
+        ray_cluster.remove_node(first, allow_graceful=False)
+        assert lost.result(120).conditions["node"] == second.node_id != first.node_id
+        lost = measuring()
+        ray_cluster.remove_node(second, allow_graceful=False)
+        with pytest.raises(UnfitMachineError, match=r"frail-board.*nothing was measured"):
+            lost.result(120)
+
+
+def _has_free(resource: str) -> bool:
+    """Whether a node still has the resource to give, that is, measures nothing now."""
+    import ray
+
+    return bool(ray.available_resources().get(resource, 0))
+
+
+def _wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def _digest(found: Cluster) -> str:
