@@ -14,7 +14,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -106,6 +106,7 @@ class Cluster:
         numerics: Numerics = "int8",
         threads: int | None = None,
         max_seconds: float = 10.0,
+        fine_inputs: Sequence[str] = (),
     ) -> Measurement:
         """As ``apart.bench_apart``, on a node of the profile; the conditions say which.
 
@@ -118,6 +119,7 @@ class Cluster:
             "numerics": numerics,
             "threads": threads,
             "max_seconds": max_seconds,
+            "fine_inputs": list(fine_inputs),
         }
         sent = self._send(export_folder)
         answer = self._ask(_bench_there, (sent, json.dumps(request)), START_SECONDS + 20 * max_seconds)
@@ -192,7 +194,8 @@ def _bench_there(sent: Mapping[str, Any], request_text: str) -> dict[str, Any]:
     request = json.loads(request_text)
     try:
         engine = OnnxRuntimeEngine(_received(sent), request["threads"])
-        candidate = engine.build(SubNetwork.from_dict(request["subnet"]), request["numerics"])
+        subnet = SubNetwork.from_dict(request["subnet"])
+        candidate = engine.build(subnet, request["numerics"], request["fine_inputs"])
         workload = Workload.model_validate(request["workload"])
         measured = engine.bench(candidate, workload, max_seconds=request["max_seconds"])
     except CompressorError as error:

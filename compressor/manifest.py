@@ -83,6 +83,12 @@ class Manifest(_Record):
     parameters: int
     weight_bytes: int
     context_length: int
+    divergence_nats: float | None = Field(
+        default=None, description="Mean divergence from the unquantized sub-network, a token"
+    )
+    fine_inputs: list[str] = Field(
+        default=[], description="Matrices whose inputs are not rounded, to keep the divergence within bounds"
+    )
     accuracy: list[Accuracy] = []
     speed: list[Speed] = []
     budgets: list[BudgetVerdict] = []

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -12,8 +14,12 @@ from pathlib import Path
 
 import pytest
 
+from compressor.engines.onnx_exact import TARGET_NATS
 from compressor.ledger import Ledger, Row
 from compressor.manifest import read_manifest
+from compressor.pipeline import proof
+from compressor.pipeline.run import package_pick
+from compressor.space import SubNetwork
 
 PROFILE = """
 name = "tiny-cpu"
@@ -81,6 +87,7 @@ def test_a_run_ends_with_a_whole_package_and_a_report(finished: Path) -> None:
     assert all(budget.met for budget in manifest.budgets)
     assert 0 <= manifest.accuracy[0].low <= manifest.accuracy[0].value <= manifest.accuracy[0].high <= 1
     assert manifest.speed[0].tpot_ms > 0
+    assert 0 < manifest.divergence_nats < TARGET_NATS
     assert "<svg" in (finished / "report" / "index.html").read_text()
     assert (finished / "report" / "front_size.png").read_bytes().startswith(b"\x89PNG")
     verified = compress("verify", str(finished / "package"))
@@ -218,6 +225,26 @@ def test_another_pick_is_exported_and_unknown_formats_are_refused(finished: Path
     assert done.returncode == 0, done.stderr
     done = compress("export", str(finished), "--format", "tflite")
     assert done.returncode == 2 and "gguf, hf, vllm, onnx" in done.stderr
+
+
+def test_a_package_that_is_not_exact_enough_reads_inputs_in_two_passes(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    plain = read_manifest(run / "package")
+    target = 0.9 * plain.divergence_nats
+    monkeypatch.setattr(proof, "TARGET_NATS", target)
+    ledger = sqlite3.connect(run / "ledger.sqlite")
+    with ledger:
+        ledger.execute("DELETE FROM evaluations WHERE task = ?", (proof.PROOF,))
+    ledger.close()
+    digest = SubNetwork.from_dict(plain.architecture.model_dump()).digest
+    manifest = read_manifest(package_pick(run, digest, tmp_path / "package", lambda _: None))
+    assert manifest.architecture == plain.architecture
+    assert manifest.fine_inputs and manifest.divergence_nats <= target
+    assert manifest.speed[0].conditions["fine_inputs"] == manifest.fine_inputs
+    assert [row for row in ledger_rows(run) if row.key.numerics == "int8+fine"]
 
 
 def test_a_pick_is_packaged_for_vllm(finished: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ def bench_apart(
     numerics: Numerics = "int8",
     threads: int | None = None,
     max_seconds: float = 10.0,
+    fine_inputs: Sequence[str] = (),
 ) -> Measurement:
     """As ``OnnxRuntimeEngine.bench``, in a fresh process; peak memory is that process's own growth.
 
@@ -43,6 +45,7 @@ def bench_apart(
         "numerics": numerics,
         "threads": threads,
         "max_seconds": max_seconds,
+        "fine_inputs": list(fine_inputs),
     }
     command = [sys.executable, "-m", "compressor.engines.apart"]
     root = Path(__file__).resolve().parents[2]
@@ -70,7 +73,8 @@ def main() -> int:
     request = json.load(sys.stdin)
     try:
         engine = OnnxRuntimeEngine(Path(request["export"]), request["threads"])
-        candidate = engine.build(SubNetwork.from_dict(request["subnet"]), request["numerics"])
+        subnet = SubNetwork.from_dict(request["subnet"])
+        candidate = engine.build(subnet, request["numerics"], request["fine_inputs"])
         workload = Workload.model_validate(request["workload"])
         measured = engine.bench(candidate, workload, max_seconds=request["max_seconds"])
     except CompressorError as error:

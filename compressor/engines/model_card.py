@@ -25,6 +25,11 @@ def model_card(manifest: Manifest) -> str:
         f"weights in {manifest.numerics.upper()}, for {manifest.engine}. Made by edge-compressor "
         f"(method: LLaMA-NAS, arXiv 2405.18377).\n",
     ]
+    if manifest.divergence_nats is not None:
+        parts.append(
+            f"Its predictions are {manifest.divergence_nats:.3f} nats a token from those of the sub-network "
+            "before quantization (Kullback-Leibler divergence).\n"
+        )
     if manifest.accuracy:
         parts.append("| task | score | 95% interval | items |\n|---|---|---|---|")
         parts += [

@@ -8,7 +8,7 @@ shapes that stock onnxruntime-genai expects.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -45,6 +45,7 @@ class _Graph:
     constants: Constants
     tensors: Mapping[str, TensorRef]
     accuracy_level: int
+    fine_inputs: Collection[str]
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     small: list[onnx.TensorProto] = field(default_factory=list)
 
@@ -67,17 +68,57 @@ class _Graph:
         if f"{stem}.scales" not in self.tensors:
             return self._plain_matmul(x, stem, output)
         bits = _BITS_OF_BLOB[ref.dims[2]]
-        operands = [x, weight, self.scales(stem), *(["", "", bias] if bias in self.tensors else [])]
-        return self.add(
-            "MatMulNBits",
-            operands,
-            output,
-            K=inputs,
-            N=ref.dims[0],
-            bits=bits,
-            block_size=QUANT_BLOCK[bits],
-            accuracy_level=self.accuracy_level,
+        attributes: dict[str, Any] = {
+            "K": inputs,
+            "N": ref.dims[0],
+            "bits": bits,
+            "block_size": QUANT_BLOCK[bits],
+            "accuracy_level": self.accuracy_level,
+        }
+        operands = [weight, self.scales(stem)]
+        if stem in self.fine_inputs:
+            if inputs % QUANT_BLOCK[bits]:
+                raise ValueError(
+                    f"{stem} has {inputs} inputs, which are no whole blocks of {QUANT_BLOCK[bits]}"
+                )
+            rows = self._coarse_and_rest(x, QUANT_BLOCK[bits])
+            passes = self.add("MatMulNBits", [rows, *operands], f"{output}.passes", **attributes)
+            return self._sum_of_passes(passes, bias if bias in self.tensors else "", output)
+        if bias in self.tensors:
+            operands += ["", "", bias]
+        return self.add("MatMulNBits", [x, *operands], output, **attributes)
+
+    def _coarse_and_rest(self, x: str, block: int) -> str:
+        """x [batch, length, K] as what INT8 keeps of it and what it loses, [batch, 2 * length, K].
+
+        MatMulNBits rounds each block of a row to 127 steps of its own. What is on those steps already it
+        keeps, so the first half is exact, and the second is rounded 254 times finer than x would be.
+        """
+        rows = f"{x}.rows_{block}"
+        if any(rows in node.output for node in self.nodes):
+            return rows
+        stem = f"{x}.{block}"
+        split = self.constant(f"{stem}.split", [0, 0, -1, block])
+        blocks = self.add("Reshape", [x, split], f"{stem}.blocks", "")
+        largest = self.add("Abs", [blocks], f"{stem}.abs", "")
+        axis = self.constant(f"{stem}.axis", [-1])
+        peak = self.add("ReduceMax", [largest, axis], f"{stem}.peak", "", keepdims=1)
+        step = self.add("Mul", [peak, self.scalar(f"{stem}.share", 1 / 127)], f"{stem}.step", "")
+        above_0 = self.add("Max", [step, self.scalar(f"{stem}.least", 1e-30)], f"{stem}.above_0", "")
+        steps = self.add("Round", [self.add("Div", [blocks, above_0], f"{stem}.scaled", "")], f"{stem}.n", "")
+        coarse = self.add("Mul", [steps, above_0], f"{stem}.coarse", "")
+        rest = self.add("Sub", [blocks, coarse], f"{stem}.rest", "")
+        both = self.add("Concat", [coarse, rest], f"{stem}.both", "", axis=1)
+        return self.add("Reshape", [both, self.constant(f"{stem}.flat", [0, 0, -1])], rows, "")
+
+    def _sum_of_passes(self, passes: str, bias: str, output: str) -> str:
+        halves = [f"{passes}.coarse", f"{passes}.rest"]
+        self.nodes.append(
+            helper.make_node("Split", [passes], halves, f"{passes}.split", axis=1, num_outputs=2)
         )
+        if not bias:
+            return self.add("Add", halves, output, "")
+        return self.add("Add", [self.add("Add", halves, f"{passes}.sum", ""), bias], output, "")
 
     def _plain_matmul(self, x: str, stem: str, output: str) -> str:
         bias = f"{stem}_bias"
@@ -101,14 +142,16 @@ def build_graph(
     *,
     logits: Logits = "last",
     accuracy_level: int = INT8_ACTIVATIONS,
+    fine_inputs: Collection[str] = (),
 ) -> onnx.ModelProto:
     """The graph over ``tensors`` (roles as ``Export.tensors`` names them), weights external.
 
     ``logits="last"`` computes the head for the last position only, [batch, 1, vocabulary];
     ``"all"`` for every position. ``accuracy_level`` is MatMulNBits's: 4 quantizes activations to
-    INT8 on the fly, 1 keeps them in fp32.
+    INT8 on the fly, 1 keeps them in fp32. The matrices named in ``fine_inputs`` (``layers.2.down``,
+    ``head``) read theirs in two INT8 passes, which together lose 254 times less.
     """
-    graph = _Graph(shape, constants, tensors, accuracy_level)
+    graph = _Graph(shape, constants, tensors, accuracy_level, fine_inputs)
     depth = 1 + max((int(name.split(".")[1]) for name in tensors if name.startswith("layers.")), default=-1)
     _add_lengths(graph)
     _add_rotations(graph)

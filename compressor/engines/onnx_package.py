@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -39,22 +39,29 @@ def write_package(
     fields: Mapping[str, Any],
     *,
     numerics: Numerics = "int8",
+    fine_inputs: Sequence[str] = (),
 ) -> Manifest:
     """Write a sub-network's package and return its manifest.
 
     ``fields`` are manifest entries (at least ``name`` and ``base_model``; accuracy, speed, budgets
-    ...) that are not known from the export. ``folder`` must not exist; it is whole or absent.
+    ...) that are not known from the export; ``fine_inputs`` names matrices whose inputs are not rounded,
+    see ``onnx_exact``. ``folder`` must not exist; it is whole or absent.
     Raises ``InputError`` or ``PackageError``.
     """
     with whole_folder(folder) as scratch:
-        return _fill(export, subnet, scratch, fields, numerics)
+        return _fill(export, subnet, scratch, fields, numerics, fine_inputs)
 
 
 def _fill(
-    export: Export, subnet: SubNetwork, folder: Path, fields: Mapping[str, Any], numerics: Numerics
+    export: Export,
+    subnet: SubNetwork,
+    folder: Path,
+    fields: Mapping[str, Any],
+    numerics: Numerics,
+    fine_inputs: Sequence[str],
 ) -> Manifest:
     tensors = _copy_tensors(export, export.tensors(subnet, numerics), folder / DATA_FILE)
-    graph = build_graph(export.shape, export.constants, tensors)
+    graph = build_graph(export.shape, export.constants, tensors, fine_inputs=frozenset(fine_inputs))
     onnx.save_model(graph, folder / GRAPH_FILE)
     _check_size(folder / DATA_FILE, package_bytes(export.shape, subnet, numerics))
     for path in sorted((export.folder / SOURCE_FOLDER).iterdir()):
@@ -69,6 +76,7 @@ def _fill(
         weight_bytes=weight_bytes(export.shape, subnet, numerics),
         context_length=export.constants.context_length,
         created_by=_versions(),
+        fine_inputs=list(fine_inputs),
         **fields,
     )
     write_model_card(folder, manifest)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,7 @@ class OnnxCandidate:
     numerics: Numerics
     session: ort.InferenceSession
     resident_bytes: int
+    fine_inputs: tuple[str, ...] = ()
     _scoring: list[ort.InferenceSession] = field(default_factory=list)
 
 
@@ -62,11 +63,16 @@ class OnnxRuntimeEngine:
         self.threads = threads or usable_cores()
         self.provider = provider
 
-    def build(self, subnet: SubNetwork, numerics: Numerics = "int8") -> OnnxCandidate:
-        """Load a sub-network: about 10 ms for its graph and 0.3 s for ONNX Runtime to pack it."""
-        before = resident_bytes()
-        session = self._session(subnet, numerics, "last")
-        return OnnxCandidate(subnet, numerics, session, max(0, resident_bytes() - before))
+    def build(
+        self, subnet: SubNetwork, numerics: Numerics = "int8", fine_inputs: Sequence[str] = ()
+    ) -> OnnxCandidate:
+        """Load a sub-network: about 10 ms for its graph and 0.3 s for ONNX Runtime to pack it.
+
+        ``fine_inputs`` names matrices that read their inputs in two INT8 passes, see ``onnx_exact``.
+        """
+        before, exact = resident_bytes(), tuple(fine_inputs)
+        session = self._session(subnet, numerics, "last", exact)
+        return OnnxCandidate(subnet, numerics, session, max(0, resident_bytes() - before), exact)
 
     def bench(
         self,
@@ -142,10 +148,16 @@ class OnnxRuntimeEngine:
         return np.concatenate(parts)
 
     def write(
-        self, subnet: SubNetwork, folder: Path, fields: Mapping[str, Any], *, numerics: Numerics = "int8"
+        self,
+        subnet: SubNetwork,
+        folder: Path,
+        fields: Mapping[str, Any],
+        *,
+        numerics: Numerics = "int8",
+        fine_inputs: Sequence[str] = (),
     ) -> None:
         """Write the package of a sub-network; ``fields`` go to its manifest. Whole or absent."""
-        write_package(self.export, subnet, folder, fields, numerics=numerics)
+        write_package(self.export, subnet, folder, fields, numerics=numerics, fine_inputs=fine_inputs)
 
     def _measurement(
         self,
@@ -159,6 +171,7 @@ class OnnxRuntimeEngine:
         conditions = {
             **session_conditions(candidate.session, self.threads),
             "numerics": candidate.numerics,
+            **({"fine_inputs": list(candidate.fine_inputs)} if candidate.fine_inputs else {}),
             **watch.marks(),
         }
         if self.provider != CPU:
@@ -177,16 +190,25 @@ class OnnxRuntimeEngine:
 
     def _scoring_session(self, candidate: OnnxCandidate) -> ort.InferenceSession:
         if not candidate._scoring:
-            candidate._scoring.append(self._session(candidate.subnet, candidate.numerics, "all"))
+            candidate._scoring.append(
+                self._session(candidate.subnet, candidate.numerics, "all", candidate.fine_inputs)
+            )
         return candidate._scoring[0]
 
-    def _session(self, subnet: SubNetwork, numerics: Numerics, logits: Logits) -> ort.InferenceSession:
-        graph = self._graph(subnet, numerics, logits)
+    def _session(
+        self, subnet: SubNetwork, numerics: Numerics, logits: Logits, fine_inputs: Sequence[str]
+    ) -> ort.InferenceSession:
+        graph = self._graph(subnet, numerics, logits, fine_inputs)
         return open_session(graph, self.export.folder, self.threads, provider=self.provider)
 
-    def _graph(self, subnet: SubNetwork, numerics: Numerics, logits: Logits) -> onnx.ModelProto:
+    def _graph(
+        self, subnet: SubNetwork, numerics: Numerics, logits: Logits, fine_inputs: Sequence[str] = ()
+    ) -> onnx.ModelProto:
         export = self.export
-        return build_graph(export.shape, export.constants, export.tensors(subnet, numerics), logits=logits)
+        tensors = export.tensors(subnet, numerics)
+        return build_graph(
+            export.shape, export.constants, tensors, logits=logits, fine_inputs=frozenset(fine_inputs)
+        )
 
 
 def _by_provider(ran: Counter[tuple[str, str]]) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""Writes the package of a finalist and proves it before it is called done."""
+"""Writes the package of a finalist, with what its manifest says."""
 
 from __future__ import annotations
 
@@ -6,11 +6,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
-from compressor import models
-from compressor.engines.onnx_verify import check_logits
 from compressor.engines.onnxruntime import OnnxRuntimeEngine
 from compressor.manifest import Accuracy, BudgetVerdict, Speed
 from compressor.pipeline.accuracy import AccuracyTask
@@ -18,10 +13,6 @@ from compressor.pipeline.context import Context
 from compressor.pipeline.plan import Plan
 from compressor.pipeline.replanning import GIB, budget_limits
 from compressor.pipeline.winner import Finalist
-from compressor.space import SubNetwork
-from compressor.supernet.elastic import Elastic
-
-PROOF_TOKENS = 128
 
 
 def package(
@@ -31,21 +22,20 @@ def package(
     task: AccuracyTask,
     finalist: Finalist,
     folder: Path,
-) -> float:
-    """Write the finalist to ``folder``, replacing a package of this run; the mean divergence in nats.
-
-    Raises ``PackageError`` unless the engine's logits agree with the sub-network's in PyTorch.
-    """
+) -> None:
+    """Write the finalist, which is proved already, to ``folder``, replacing a package of this run."""
     profile = context.request.profile
-    divergence = _prove(context, engine, finalist.subnet)
     scratch = folder.with_name(folder.name + ".new")
     shutil.rmtree(scratch, ignore_errors=True)
     engine.write(
-        finalist.subnet, scratch, manifest_fields(context, plan, task, finalist), numerics=profile.numerics
+        finalist.subnet,
+        scratch,
+        manifest_fields(context, plan, task, finalist),
+        numerics=profile.numerics,
+        fine_inputs=finalist.exactness.fine_inputs,
     )
     shutil.rmtree(folder, ignore_errors=True)
     scratch.rename(folder)
-    return divergence
 
 
 def manifest_fields(context: Context, plan: Plan, task: AccuracyTask, finalist: Finalist) -> dict[str, Any]:
@@ -58,6 +48,7 @@ def manifest_fields(context: Context, plan: Plan, task: AccuracyTask, finalist: 
         "base_revision": plan.source.revision,
         "license": plan.source.license,
         "profile": profile.name,
+        "divergence_nats": finalist.exactness.divergence_nats,
         "accuracy": [
             Accuracy(
                 task=task.name,
@@ -98,16 +89,3 @@ def budget_verdicts(context: Context, finalist: Finalist) -> list[BudgetVerdict]
             ("tpot_ms", "tpot_ms", 1),
         )
     ]
-
-
-def _prove(context: Context, engine: OnnxRuntimeEngine, subnet: SubNetwork) -> float:
-    """Compare the engine's logits with PyTorch's on text of the unpruned model."""
-    from compressor.evaluation.agreement import AgreementText
-
-    ids = AgreementText.load(context.folder.text).ids[0, :PROOF_TOKENS].astype(np.int64)
-    loaded = models.load(models.resolve(str(context.folder.supernet)), torch.float32)
-    with Elastic(loaded.model).activated(subnet) as model, torch.inference_mode():
-        expected = model(torch.from_numpy(ids[None])).logits[0].numpy()
-    numerics = context.request.profile.numerics
-    candidate = engine.build(subnet, numerics)
-    return check_logits(expected, engine.logits(candidate, ids), numerics, subnet)

@@ -224,10 +224,10 @@ def _package(workshop: Workshop, outcomes: list[Outcome]) -> Finalist:
     inputs = {"subnet": finalist.subnet.digest, "terms": workshop.terms.to_dict()}
     current = context.folder.is_done("package", inputs) and context.folder.package.is_dir()
     if not current:
-        divergence = package(context, plan, workshop.engine, workshop.task, finalist, context.folder.package)
+        package(context, plan, workshop.engine, workshop.task, finalist, context.folder.package)
         for line in verify_package(context.folder.package):
             context.say(line)
-        context.folder.mark_done("package", inputs, {"divergence_nats": divergence})
+        context.folder.mark_done("package", inputs, {"divergence_nats": finalist.exactness.divergence_nats})
     context.listener(StageFinished("package", time.monotonic() - began, skipped=current))
     return finalist
 

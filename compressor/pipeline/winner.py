@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from compressor.engines.onnx_exact import Exactness
 from compressor.engines.onnxruntime import OnnxRuntimeEngine
 from compressor.ledger import Key, Row
 from compressor.measurement import Measurement
 from compressor.pipeline.accuracy import AccuracyTask
 from compressor.pipeline.candidates import Terms, paired_ties
 from compressor.pipeline.context import Context
+from compressor.pipeline.proof import prove
 from compressor.pipeline.replanning import budget_limits
 from compressor.search.front import Choice, choose_winner
 from compressor.search.problem import Outcome
@@ -30,6 +32,7 @@ class Finalist:
     report_score: Row
     search_score: Row
     within_budgets: bool
+    exactness: Exactness
 
     @property
     def subnet(self) -> SubNetwork:
@@ -75,19 +78,26 @@ def _with_measured_memory(outcomes: Sequence[Outcome], terms: Terms, finalist: F
 def finish(
     context: Context, terms: Terms, engine: OnnxRuntimeEngine, task: AccuracyTask, outcome: Outcome
 ) -> Finalist:
-    """The sub-network measured again, longer and in a process of its own, and scored as it ships."""
+    """The sub-network measured again, longer and in a process of its own, and scored as it ships.
+
+    It is proved first, for what makes it exact enough may cost speed.
+    """
     limits = budget_limits(context.request.profile)
-    speed = _measured_again(context, terms, engine, outcome.subnet)
+    exactness = prove(context, terms, engine, outcome.subnet)
+    speed = _measured_again(context, terms, engine, outcome.subnet, exactness)
     memory = {"memory_bytes": float(speed.peak_memory_bytes)}
     again = replace(outcome, values={**outcome.values, **speed.metrics(), **memory})
     within = all(again.values[name] <= limit for name, limit in limits.items())
-    return _finalist(context, terms, engine, task, again, speed, within)
+    scores = {
+        split: _scored(context, terms, engine, task, again.subnet, exactness, split) for split in task.splits
+    }
+    return Finalist(again, speed, scores["report"], scores["search"], within, exactness)
 
 
 def _measured_again(
-    context: Context, terms: Terms, engine: OnnxRuntimeEngine, subnet: SubNetwork
+    context: Context, terms: Terms, engine: OnnxRuntimeEngine, subnet: SubNetwork, exactness: Exactness
 ) -> Measurement:
-    key = replace(terms.speed_key(subnet), task=FINAL_MEASURE)
+    key = replace(terms.speed_key(subnet), task=FINAL_MEASURE, numerics=_shipped(terms, exactness))
     row = context.ledger.get(key)
     if row is None:
         speed = context.bench(
@@ -97,33 +107,31 @@ def _measured_again(
             numerics=terms.numerics,
             threads=context.request.threads,
             max_seconds=FINAL_SECONDS_FACTOR * context.request.effort.bench_seconds,
+            fine_inputs=exactness.fine_inputs,
         )
         row = context.ledger.put(Row(key, subnet, speed.metrics(), details=dict(speed.conditions)))
     return Measurement.from_metrics(row.metrics, row.details)
 
 
-def _finalist(
+def _scored(
     context: Context,
     terms: Terms,
     engine: OnnxRuntimeEngine,
     task: AccuracyTask,
-    outcome: Outcome,
-    speed: Measurement,
-    within: bool,
-) -> Finalist:
-    rows = {}
-    for split in task.splits:
-        key = Key(
-            outcome.subnet.digest,
-            terms.weights,
-            task.key(split),
-            terms.numerics,
-            engine=terms.engine,
-        )
-        row = context.ledger.get(key)
-        if row is None:
-            candidate = engine.build(outcome.subnet, terms.numerics)
-            score = task.score_engine(engine, candidate, split)
-            row = context.ledger.put(Row(key, outcome.subnet, score.metrics(), items=score.items))
-        rows[split] = row
-    return Finalist(outcome, speed, rows["report"], rows["search"], within)
+    subnet: SubNetwork,
+    exactness: Exactness,
+    split: str,
+) -> Row:
+    numerics = _shipped(terms, exactness)
+    key = Key(subnet.digest, terms.weights, task.key(split), numerics, engine=terms.engine)
+    row = context.ledger.get(key)
+    if row is None:
+        candidate = engine.build(subnet, terms.numerics, exactness.fine_inputs)
+        score = task.score_engine(engine, candidate, split)
+        row = context.ledger.put(Row(key, subnet, score.metrics(), items=score.items))
+    return row
+
+
+def _shipped(terms: Terms, exactness: Exactness) -> str:
+    """Numerics in the ledger of what ships, set apart from those of candidates where they differ."""
+    return f"{terms.numerics}+fine" if exactness.fine_inputs else terms.numerics

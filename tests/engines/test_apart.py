@@ -22,7 +22,14 @@ def test_figures_come_back(tiny_export: Export) -> None:
     measured = bench_apart(tiny_export.folder, SUBNET, WORKLOAD, threads=1, max_seconds=0.2)
     assert measured.ttft_ms > 0 and measured.tpot_ms > 0
     assert measured.peak_memory_bytes > 0
-    assert measured.conditions["threads"] == 1
+    assert measured.conditions["threads"] == 1 and "fine_inputs" not in measured.conditions
+
+
+def test_matrices_that_read_their_inputs_in_two_passes_are_measured_so(tiny_export: Export) -> None:
+    subnet = SubNetwork((0, 3), (64, 64))
+    fine = ("head", "layers.1.down")
+    measured = bench_apart(tiny_export.folder, subnet, WORKLOAD, threads=1, max_seconds=0.2, fine_inputs=fine)
+    assert measured.conditions["fine_inputs"] == list(fine)
 
 
 def test_measuring_needs_no_torch(tiny_export: Export) -> None:

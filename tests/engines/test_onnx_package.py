@@ -49,9 +49,13 @@ def package(tiny_export: Export, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return folder
 
 
-def test_stock_genai_generates_what_our_loop_generates(package: Path) -> None:
+@pytest.mark.parametrize("fine_inputs", [(), ("head", "layers.0.qkv")], ids=["one pass", "two passes"])
+def test_stock_genai_generates_what_our_loop_generates(
+    tiny_export: Export, tmp_path: Path, fine_inputs: tuple[str, ...]
+) -> None:
     og = pytest.importorskip("onnxruntime_genai")
-    model = og.Model(str(package))
+    write_package(tiny_export, SUBNET, tmp_path / "package", FIELDS, fine_inputs=fine_inputs)
+    model = og.Model(str(tmp_path / "package"))
     parameters = og.GeneratorParams(model)
     parameters.set_search_options(max_length=25, do_sample=False)
     generator = og.Generator(model, parameters)
@@ -59,7 +63,7 @@ def test_stock_genai_generates_what_our_loop_generates(package: Path) -> None:
     while not generator.is_done() and len(generator.get_sequence(0)) < 25:
         generator.generate_next_token()
     theirs = [int(token) for token in generator.get_sequence(0)][PROMPT.shape[1] :]
-    session, shape = open_package(package, 1)
+    session, shape = open_package(tmp_path / "package", 1)
     assert greedy(session, shape, PROMPT, len(theirs)) == theirs
     assert len(theirs) >= 1
 
@@ -110,6 +114,19 @@ def test_verifying_speaks_and_finds_a_changed_byte(package: Path, tmp_path: Path
 def test_an_existing_folder_is_refused(package: Path, tiny_export: Export) -> None:
     with pytest.raises(InputError, match="exists"):
         write_package(tiny_export, SUBNET, package, FIELDS)
+
+
+def test_inputs_read_in_two_passes_travel_with_the_package(tiny_export: Export, tmp_path: Path) -> None:
+    fine = ("head", "layers.0.qkv")
+    engine = OnnxRuntimeEngine(tiny_export.folder, threads=1)
+    engine.write(SUBNET, tmp_path / "package", {**FIELDS, "divergence_nats": 0.01}, fine_inputs=fine)
+    manifest = read_manifest(tmp_path / "package")
+    assert manifest.fine_inputs == list(fine) and manifest.divergence_nats == 0.01
+    assert list(verify_package(tmp_path / "package"))
+    session, shape = open_package(tmp_path / "package", 1)
+    candidate = engine.build(SUBNET, fine_inputs=fine)
+    assert greedy(session, shape, PROMPT, 12) == greedy(candidate.session, shape, PROMPT, 12)
+    assert "0.010 nats" in (tmp_path / "package" / "README.md").read_text()
 
 
 def test_an_engine_older_than_the_package_is_told_so(package: Path, tmp_path: Path) -> None:

@@ -1,0 +1,67 @@
+"""The proof that a finalist's artefact predicts what its sub-network does, and what it takes for that."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import numpy as np
+import torch
+
+from compressor import models
+from compressor.engines.onnx_exact import TARGET_NATS, Exactness, choose_exactness
+from compressor.engines.onnx_verify import check_divergence, mean_kl
+from compressor.engines.onnxruntime import OnnxRuntimeEngine
+from compressor.ledger import Key, Row
+from compressor.pipeline.candidates import Terms
+from compressor.pipeline.context import Context
+from compressor.space import SubNetwork
+from compressor.supernet.elastic import Elastic
+
+PROOF = "proof"
+PROOF_TOKENS = 128
+
+
+def prove(context: Context, terms: Terms, engine: OnnxRuntimeEngine, subnet: SubNetwork) -> Exactness:
+    """How exactly the sub-network must be computed, compared with PyTorch on text of the unpruned model.
+
+    Paid for once. Warns where an 8-bit artefact stays beyond ``TARGET_NATS``; raises ``PackageError`` where
+    it is so far off that it must be wrong.
+    """
+    key = Key(subnet.digest, terms.weights, PROOF, terms.numerics, engine=terms.engine)
+    row = context.ledger.get(key)
+    if row is None:
+        exactness = _choose(context, terms, engine, subnet)
+        row = context.ledger.put(
+            Row(
+                key,
+                subnet,
+                {"divergence_nats": exactness.divergence_nats},
+                details={"fine_inputs": list(exactness.fine_inputs)},
+            )
+        )
+    exactness = Exactness(tuple(cast(list[str], row.details["fine_inputs"])), row.metrics["divergence_nats"])
+    check_divergence(exactness.divergence_nats, terms.numerics, subnet)
+    if terms.numerics == "int8" and set(subnet.bits) == {8} and exactness.divergence_nats > TARGET_NATS:
+        context.warn(
+            f"INT8 predictions of {subnet.digest} differ by {exactness.divergence_nats:.3f} nats a token, "
+            f"more than {TARGET_NATS}, however its inputs are rounded"
+        )
+    return exactness
+
+
+def _choose(context: Context, terms: Terms, engine: OnnxRuntimeEngine, subnet: SubNetwork) -> Exactness:
+    from compressor.evaluation.agreement import AgreementText
+
+    ids = AgreementText.load(context.folder.text).ids[0, :PROOF_TOKENS].astype(np.int64)
+    loaded = models.load(models.resolve(str(context.folder.supernet)), torch.float32)
+    with Elastic(loaded.model).activated(subnet) as model, torch.inference_mode():
+        expected = model(torch.from_numpy(ids[None])).logits[0].numpy()
+
+    def divergence(fine_inputs: Sequence[str]) -> float:
+        candidate = engine.build(subnet, terms.numerics, fine_inputs)
+        return mean_kl(expected, engine.logits(candidate, ids))
+
+    if terms.numerics != "int8":
+        return Exactness((), divergence(()))
+    return choose_exactness(terms.shape, subnet, divergence, TARGET_NATS)
