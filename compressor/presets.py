@@ -31,12 +31,12 @@ class Effort:
 
 PRESETS = {
     "quick": Effort(
-        evaluations=32,
+        evaluations=28,
         tuning_minutes=5,
         tuning_steps=480,
         tuning_batch=4,
-        text_sequences=384,
-        score_sequences=48,
+        text_sequences=320,
+        score_sequences=96,
         sequence_length=160,
         bench_seconds=2.0,
     ),
@@ -46,7 +46,7 @@ PRESETS = {
         tuning_steps=4000,
         tuning_batch=8,
         text_sequences=2048,
-        score_sequences=64,
+        score_sequences=128,
         sequence_length=256,
         bench_seconds=4.0,
     ),

@@ -38,7 +38,7 @@ def first_population(problem: Problem, count: int, rng: np.random.Generator) -> 
     for place in range(strata):
         target = low + (high - low) * (place + rng.random()) / strata
         ranked = (strata - place) % 2 == 1
-        add(ranked_to(problem, target) if ranked else filled_to(problem, target, rng))
+        add(ranked_to(problem, target, rng) if ranked else filled_to(problem, target, rng))
     for subnet in unseen(problem, count - len(found), found, rng):
         add(subnet)
     return list(found.values())
@@ -93,14 +93,13 @@ def filled_to(
     return current
 
 
-def ranked_to(problem: Problem, target: float) -> SubNetwork:
-    """As many layers as the size ``target`` allows, and of those the last to be dropped the widest.
+def ranked_to(problem: Problem, target: float, rng: np.random.Generator) -> SubNetwork:
+    """Of a random depth that the size ``target`` allows, the layers to be dropped last the widest.
 
-    A layer that could be dropped whole at little loss loses little by a narrow MLP. A narrow MLP costs
-    less accuracy a byte than a dropped layer does, hence the depth.
+    A layer that could be dropped whole at little loss loses little by a narrow MLP.
     """
     space = problem.space
-    current = _least(space, max(_fitting_depths(problem, target)))
+    current = _least(space, _random_depth(problem, target, rng))
     for layer in reversed(space.drop_order):
         if layer not in current.layers:
             continue
@@ -115,11 +114,6 @@ def ranked_to(problem: Problem, target: float) -> SubNetwork:
 
 def _random_depth(problem: Problem, target: float, rng: np.random.Generator) -> int:
     """A depth at which the target size can be met, if there is one."""
-    return int(rng.choice(_fitting_depths(problem, target)))
-
-
-def _fitting_depths(problem: Problem, target: float) -> list[int]:
-    """The depths at which the target size can be met; if there are none, the least feasible one."""
     space = problem.space
     feasible = [d for d in space.depths if problem.allows(_least(space, d))] or [space.depths[0]]
     fitting = [
@@ -129,7 +123,7 @@ def _fitting_depths(problem: Problem, target: float) -> list[int]:
         <= target
         <= problem.size(space.uniform(d, space.widths[-1], space.bits[-1]))
     ]
-    return fitting or feasible[:1]
+    return int(rng.choice(fitting or feasible[:1]))
 
 
 def _reachable(problem: Problem, depth: int, raised: list[tuple[int, int]]) -> float:
