@@ -37,8 +37,9 @@ from compressor.supernet.folder import save_supernet
 from compressor.supernet.importance import rank, sort_neurons
 
 matplotlib.use("Agg")
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of its fp16 at every matrix
 from matplotlib import pyplot
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of its fp16 at every matrix
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "wikitext2"
 ROWS, LENGTH = 32, 96
