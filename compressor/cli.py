@@ -100,6 +100,9 @@ def compress(
     train_data: Annotated[
         str, typer.Option(help="Alpaca-form JSON(L), text file or hub id [default: data-free].")
     ] = "",
+    lora_rank: Annotated[
+        int | None, typer.Option(help="Tune adapters of this rank, in less memory [default: all weights].")
+    ] = None,
     evaluations: Annotated[int | None, typer.Option(help="Sub-networks to evaluate and measure.")] = None,
     tuning_minutes: Annotated[float | None, typer.Option(help="Longest fine-tuning, minutes.")] = None,
     tuning_steps: Annotated[int | None, typer.Option(help="Fine-tuning steps, at most.")] = None,

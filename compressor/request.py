@@ -21,7 +21,9 @@ DEFAULT_PROFILE = "auto"
 EFFORT_FLAGS = tuple(field.name for field in fields(Effort))
 BUDGET_FLAGS = {"memory_budget": "memory_gib", "ttft_budget": "ttft_ms", "tpot_budget": "tpot_ms"}
 WORKLOAD_FLAGS = ("prompt_tokens", "output_tokens", "concurrency")
-PLAIN_FLAGS = ("model", "num_fewshot", "limit", "train_data", "threads", "seed", "cluster", "racing")
+PLAIN_FLAGS = (
+    *("model", "num_fewshot", "limit", "train_data", "lora_rank", "threads", "seed", "cluster", "racing"),
+)
 
 
 class RunRequest(BaseModel):
@@ -38,6 +40,7 @@ class RunRequest(BaseModel):
     num_fewshot: int | None = None
     limit: int | None = None
     train_data: str = ""
+    lora_rank: int = 0
     algorithm: Algorithm = "linas"
     threads: int | None = None
     seed: int = 0
@@ -130,8 +133,8 @@ def with_flags(base: RunRequest, asked: Mapping[str, Any]) -> RunRequest:
                 f"unknown algorithm '{asked['algorithm']}': use one of {', '.join(get_args(Algorithm))}"
             )
         changes["algorithm"] = asked["algorithm"]
-    for name in ("num_fewshot", "limit", "threads"):
-        if name in changes and changes[name] < (0 if name == "num_fewshot" else 1):
+    for name, least in (("num_fewshot", 0), ("limit", 1), ("threads", 1), ("lora_rank", 0)):
+        if name in changes and changes[name] < least:
             raise InputError(f"--{name.replace('_', '-')} must be positive (got {changes[name]})")
     if AGREEMENT in changes.get("tasks", ()) and len(changes["tasks"]) > 1:
         raise InputError("--tasks agreement stands alone: drop it, or drop the lm-eval tasks")

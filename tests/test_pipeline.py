@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from compressor.engines.onnx_exact import TARGET_NATS
 from compressor.ledger import Ledger, Row
@@ -143,6 +144,26 @@ def test_a_run_killed_in_mid_search_resumes_without_paying_twice(home: Path, tin
 
 def read_supernet_hash(run: Path) -> str:
     return str(json.loads((run / "supernet" / "supernet.json").read_text())["weights_hash"])
+
+
+def test_adapters_end_in_plain_weights_and_the_report_shows_both_losses(
+    home: Path, tiny_model_folder: Path
+) -> None:
+    asked = command(home, tiny_model_folder, "adapters", 4, "--lora-rank", "4")
+    result = subprocess.run(asked, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    run = home / "adapters"
+    tuned, base = (load_file(run / part / "model.safetensors") for part in ("supernet", "base"))
+    assert set(tuned) == set(base)
+    assert all((tuned[n] != base[n]).any() for n in base if n.endswith(("q_proj.weight", "o_proj.weight")))
+    assert all(
+        (tuned[n] == base[n]).all() for n in base if n.endswith(("norm.weight", "embed_tokens.weight"))
+    )
+    ledger = Ledger(run / "ledger.sqlite")
+    assert [step for step, _ in ledger.curve("super")] == [1]
+    assert [step for step, _ in ledger.curve("sub")] == [2, 3, 4]
+    ledger.close()
+    assert "Loss of the fine-tuning" in (run / "report" / "index.html").read_text()
 
 
 def test_another_budget_picks_again_from_the_ledger(finished: Path) -> None:

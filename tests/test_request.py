@@ -40,6 +40,12 @@ def test_a_resumed_run_takes_new_budgets_and_effort_and_keeps_the_rest(tmp_path:
     assert changed.effort.tuning_steps == 7
 
 
+def test_adapters_stay_asked_for_until_taken_back(tmp_path: Path) -> None:
+    assert start(tmp_path / "run", lora_rank=8).lora_rank == 8
+    assert understand({}, tmp_path / "run", resume=True)[1].lora_rank == 8
+    assert understand({"lora_rank": 0}, tmp_path / "run", resume=True)[1].lora_rank == 0
+
+
 def test_resume_starts_a_run_that_does_not_exist_yet(tmp_path: Path) -> None:
     path, _ = understand(STARTER, tmp_path / "new", resume=True)
     assert path == tmp_path / "new"
@@ -66,6 +72,7 @@ def test_a_run_is_named_after_model_and_profile(tmp_path: Path, monkeypatch: pyt
         ({"limit": 0}, "--limit"),
         ({"num_fewshot": -1}, "--num-fewshot"),
         ({"threads": 0}, "--threads"),
+        ({"lora_rank": -1}, "--lora-rank"),
         ({"tasks": "agreement,arc_easy"}, "stands alone"),
         ({"preset": "huge"}, "quick"),
         ({"algorithm": "magic"}, "linas"),

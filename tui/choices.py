@@ -79,6 +79,7 @@ class Choices:
             "tasks": ",".join(stored.tasks),
             "task_data": stored.task_data,
             "train_data": stored.train_data,
+            "lora_rank": stored.lora_rank or None,
             "num_fewshot": stored.num_fewshot,
             "limit": stored.limit,
             "evaluations": stored.effort.evaluations,

@@ -18,9 +18,12 @@ from compressor.models import ModelSource
 from compressor.profile import Profile
 from compressor.request import RunRequest
 from compressor.space import ModelShape, SearchSpace, parameter_count, weight_bytes
+from compressor.supernet.config import adapter_parameters, check_rank
 
 TRAINING_BYTES_PER_PARAMETER = 18
 """bf16 weights, gradients and teacher; fp32 master weights and two Adam moments."""
+FROZEN_BYTES_PER_PARAMETER = 4
+"""Weights beside which adapters are tuned, in fp32 where the machine multiplies that fastest."""
 EXPORT_BYTES_PER_PARAMETER = 6
 """Disk of base and super-network folders in bf16 and of the block-quantized exports."""
 PEAK_SHARE = {"sampling": 0.1, "training": 0.4, "scoring": 0.5}
@@ -64,7 +67,7 @@ def make_plan(request: RunRequest, machine: Machine, parent: Path = Path()) -> P
     full = required_memory_bytes(shape, space.full, profile.workload, profile.numerics)
     smallest = required_memory_bytes(shape, space.smallest, profile.workload, profile.numerics)
     check_memory_budget(profile, smallest)
-    peak = parameter_count(shape, space.full) * TRAINING_BYTES_PER_PARAMETER
+    peak = tuning_memory_bytes(request, shape)
     disk = parameter_count(shape, space.full) * EXPORT_BYTES_PER_PARAMETER
     check_disk(parent, disk)
     return Plan(
@@ -80,6 +83,24 @@ def make_plan(request: RunRequest, machine: Machine, parent: Path = Path()) -> P
         disk_bytes=disk,
         warnings=tuple(plan_warnings(profile, machine, full, peak)),
     )
+
+
+def tuning_memory_bytes(request: RunRequest, shape: ModelShape) -> int:
+    """Memory that the fine-tuning takes: of all weights, or of adapters beside frozen weights.
+
+    Adapters are so few that what is kept for each token counts: a state a layer, as gradients are
+    checkpointed, and the teacher's last state of the training text. Raises ``InputError`` for a rank that
+    does not fit the model.
+    """
+    parameters = parameter_count(shape, profile_space(shape, request.profile).full)
+    if not request.lora_rank:
+        return parameters * TRAINING_BYTES_PER_PARAMETER
+    check_rank(shape, request.lora_rank)
+    effort = request.effort
+    sequences = shape.num_layers * effort.tuning_batch + (0 if request.train_data else effort.text_sequences)
+    states = sequences * effort.sequence_length * shape.hidden_size * 4
+    adapters = adapter_parameters(shape, request.lora_rank)
+    return parameters * FROZEN_BYTES_PER_PARAMETER + adapters * TRAINING_BYTES_PER_PARAMETER + states
 
 
 def profile_space(shape: ModelShape, profile: Profile, drop_order: tuple[int, ...] = ()) -> SearchSpace:

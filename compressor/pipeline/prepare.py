@@ -33,6 +33,7 @@ NEURON_SEQUENCES = 32
 LAYER_SEQUENCES = 8
 """Sequences that neurons and layers are ranked on."""
 BASE_BITS = (4, 8)
+ADAPTER_LR = 1e-3
 
 
 def prepare(context: Context, plan: Plan) -> tuple[SupernetInfo, SearchSpace]:
@@ -47,6 +48,8 @@ def prepare(context: Context, plan: Plan) -> tuple[SupernetInfo, SearchSpace]:
         "train_data": context.request.train_data,
         "seed": context.request.seed,
     }
+    if context.request.lora_rank:  # absent otherwise, so that a run from before it stays done
+        inputs["lora_rank"] = context.request.lora_rank
     run_stage(
         context,
         "supernet",
@@ -130,7 +133,11 @@ def _tune(context: Context, plan: Plan) -> Result:
     sort_neurons(loaded.model, importance)
     space = replace(plan.space, drop_order=importance.drop_order)
     data_free = not context.request.train_data
+    rank = context.request.lora_rank
     config = FinetuneConfig(
+        lora_rank=rank,
+        lr=ADAPTER_LR if rank else FinetuneConfig.lr,
+        gradient_checkpointing=rank > 0,  # who asks for adapters is short of memory
         steps=effort.tuning_steps,
         minutes=effort.tuning_minutes,
         batch=effort.tuning_batch,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from compressor.errors import InputError
+from compressor.space import ModelShape
 from compressor.supernet.subnet_sampling import Recipe, Sampling
 
 
@@ -20,6 +21,8 @@ class FinetuneConfig:
     ``batch`` examples a step go through the model in ``accumulation`` parts. The last
     ``held_out`` examples are not trained on: every ``check_every`` steps the smallest sub-network's loss
     on them is taken, and ``patience`` checks without a new best end the tuning.
+    ``lora_rank`` above 0 tunes adapters of that rank and leaves all weights frozen until they are merged;
+    ``lora_alpha`` is their scale times the rank, twice the rank unless given.
     """
 
     steps: int = 60
@@ -38,6 +41,8 @@ class FinetuneConfig:
     weight_decay: float = 0.0
     max_norm: float = 1.0
     train_embeddings: bool = False
+    lora_rank: int = 0
+    lora_alpha: float | None = None
     gradient_checkpointing: bool = False
     checkpoint_minutes: float = 5.0
     held_out: int = 0
@@ -60,8 +65,18 @@ class FinetuneConfig:
                 raise InputError(f"the fine-tuning's {name} must be above 0 (got {getattr(self, name)})")
         if self.batch % self.accumulation:
             raise InputError(f"a batch of {self.batch} does not split into {self.accumulation} equal parts")
+        if self.lora_rank < 0 or (self.lora_rank and not self.adapter_alpha > 0):
+            raise InputError(
+                f"adapters need a rank and an alpha above 0 (got {self.lora_rank}, {self.adapter_alpha:g})"
+            )
+        if self.lora_rank and self.train_embeddings:
+            raise InputError("adapters leave all weights frozen: don't train the embeddings with them")
         if self.train_embeddings and self.distils:
             raise InputError("distilling compares states before one head: don't train the embeddings with it")
+
+    @property
+    def adapter_alpha(self) -> float:
+        return 2.0 * self.lora_rank if self.lora_alpha is None else self.lora_alpha
 
     @property
     def distils(self) -> bool:
@@ -79,3 +94,18 @@ class FinetuneResult:
     sub_loss: float
     resumed_at: int = 0
     stopped_early: bool = False
+
+
+def adapter_parameters(shape: ModelShape, rank: int) -> int:
+    """Parameters of adapters of that rank on every linear of attention and MLPs."""
+    linears = (*shape.attention_matrices(), *shape.mlp_matrices(shape.intermediate_size))
+    return shape.num_layers * rank * sum(rows + columns for rows, columns in linears)
+
+
+def check_rank(shape: ModelShape, rank: int) -> None:
+    """Raise ``InputError`` for adapters that would be no smaller than what they adapt."""
+    if rank >= shape.hidden_size:
+        raise InputError(
+            f"adapters of rank {rank} are no smaller than the model's layers ({shape.hidden_size} wide): "
+            "lower --lora-rank, or leave it out to tune all weights"
+        )

@@ -6,18 +6,22 @@ that gradients of a sub-network land in the super-network's parameters.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from compressor.models import shape_of_config
 from compressor.space import ModelShape, SubNetwork
+from compressor.supernet.sliced import SlicedLinear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+ATTENTION_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP_LINEARS = ("gate_proj", "up_proj", "down_proj")
 
 
 class Elastic:
@@ -34,10 +38,7 @@ class Elastic:
         self.shape: ModelShape = shape_of_config(model.config)
         self.active: SubNetwork | None = None
         self._layers: nn.ModuleList = model.model.layers
-        self._linears = [
-            {name: getattr(layer.mlp, name) for name in ("gate_proj", "up_proj", "down_proj")}
-            for layer in self._layers
-        ]
+        self._linears = [{name: getattr(layer.mlp, name) for name in MLP_LINEARS} for layer in self._layers]
         self._layer_types: list[str] | None = getattr(model.config, "layer_types", None)
 
     def activate(self, subnet: SubNetwork) -> PreTrainedModel:
@@ -68,6 +69,20 @@ class Elastic:
             if before is not None:
                 self.activate(before)
 
+    def replace_linears(self, replacement: Callable[[Any], nn.Module]) -> None:
+        """Put ``replacement(linear)`` in place of every linear of attention and MLPs.
+
+        One that is no ``nn.Linear`` must have ``sliced(rows, columns)``, a module for its top-left part.
+        """
+        self.reset()
+        layer: Any
+        for layer, linears in zip(self._layers, self._linears, strict=True):
+            for name in ATTENTION_LINEARS:
+                setattr(layer.self_attn, name, replacement(getattr(layer.self_attn, name)))
+            for name in MLP_LINEARS:
+                linears[name] = replacement(linears[name])
+                setattr(layer.mlp, name, linears[name])
+
     def _check(self, subnet: SubNetwork) -> None:
         known = set(range(len(self._layers)))
         if not subnet.layers or not set(subnet.layers) <= known:
@@ -81,7 +96,7 @@ class Elastic:
         for name, linear in linears.items():
             rows = linear.out_features if name == "down_proj" else width
             columns = width if name == "down_proj" else linear.in_features
-            setattr(mlp, name, linear if whole else SlicedLinear(linear, rows, columns))
+            setattr(mlp, name, linear if whole else _sliced(linear, rows, columns))
 
     def _set_layers(self, layers: tuple[int, ...]) -> None:
         config: Any = self.model.config
@@ -96,23 +111,8 @@ class Elastic:
             layer.self_attn.layer_idx = position
 
 
-class SlicedLinear(nn.Module):
-    """The top-left part of a linear layer, through views: ``rows`` outputs of ``columns`` inputs."""
-
-    def __init__(self, whole: nn.Linear, rows: int, columns: int) -> None:
-        super().__init__()
-        self.whole = whole
-        self.out_features = rows
-        self.in_features = columns
-
-    @property
-    def weight(self) -> Tensor:
-        """(out_features, in_features), a view of the whole layer's weight."""
-        return self.whole.weight[: self.out_features, : self.in_features]
-
-    @property
-    def bias(self) -> Tensor | None:
-        return None if self.whole.bias is None else self.whole.bias[: self.out_features]
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        return F.linear(inputs, self.weight, self.bias)
+def _sliced(linear: Any, rows: int, columns: int) -> nn.Module:
+    if isinstance(linear, nn.Linear):
+        return SlicedLinear(linear, rows, columns)
+    narrowed: nn.Module = linear.sliced(rows, columns)
+    return narrowed

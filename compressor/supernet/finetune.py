@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from compressor.errors import InputError, TrainingError
 from compressor.events import Listener, LossReported, StageProgress, ignore
@@ -28,11 +29,12 @@ from compressor.supernet.checkpoint import load_checkpoint, remove_checkpoint, s
 from compressor.supernet.config import FinetuneConfig, FinetuneResult
 from compressor.supernet.data import Examples
 from compressor.supernet.elastic import Elastic
-from compressor.supernet.objective import Objective
+from compressor.supernet.objective import Objective, original_targets
 from compressor.supernet.optimizer import MasterAdamW, warmup_cosine
-from compressor.supernet.processes import join_processes
+from compressor.supernet.processes import Processes, join_processes
 from compressor.supernet.subnet_sampling import networks_of_step
 from compressor.supernet.targets import Targets
+from compressor.supernet.trained import trained_parameters
 
 __all__ = ["Examples", "FinetuneConfig", "FinetuneResult", "discard_checkpoint", "finetune"]
 
@@ -62,11 +64,20 @@ def finetune(
     """
     if isinstance(examples, Tensor):
         examples = Examples.of_text(examples)
-    tuning = _Tuning(elastic, space, examples, config, folder, original)
-    try:
-        return tuning.run(listener, on_curve or (lambda *_: None))
-    finally:
-        tuning.close()
+    started = time.monotonic()
+    processes = join_processes()
+    _check(config, examples, processes)
+    with trained_parameters(elastic, config) as trained:
+        identity = _identity(space, config, examples, elastic.model, trained)
+        if original is None:
+            original = original_targets(elastic.model, examples, config, identity, folder, processes)
+        objective = Objective(elastic, space, examples, config, processes, original)
+        tuning = _Tuning(elastic, space, examples, config, trained, objective, processes, identity, folder)
+        try:
+            tuning.resume(time.monotonic() - started)
+            return tuning.run(listener, on_curve or (lambda *_: None))
+        finally:
+            tuning.close()
 
 
 class _Tuning:
@@ -78,10 +89,12 @@ class _Tuning:
         space: SearchSpace,
         examples: Examples,
         config: FinetuneConfig,
+        trained: list[Parameter],
+        objective: Objective,
+        processes: Processes,
+        identity: str,
         folder: Path | None,
-        original: Targets | None,
     ) -> None:
-        started = time.monotonic()
         self.elastic, self.space, self.config, self.folder = elastic, space, config, folder
         self.examples = examples
         self.model: Any = elastic.model
@@ -91,26 +104,26 @@ class _Tuning:
         self.order: list[int] = []
         self.checks: list[float] = []
         self.attention: str = self.model.config._attn_implementation
-        self.trainable = self._choose_parameters()
-        self.optimizer = MasterAdamW(self.trainable, config.lr, config.weight_decay, (0.9, 0.95))
-        self.identity = _identity(space, config, examples)
-        if config.held_out >= len(examples.ids):
-            raise InputError(
-                f"holding out {config.held_out} of {len(examples.ids)} examples leaves none to train on"
-            )
-        self.processes = join_processes()
-        if config.batch < self.processes.count:
-            raise InputError(f"a batch of {config.batch} is too small for {self.processes.count} processes")
-        self.objective = Objective(
-            elastic, space, examples, config, self.identity, folder, self.processes, original
-        )
-        self.elapsed_s = time.monotonic() - started
-        self._resume()
+        self.trained, self.objective = trained, objective
+        self.processes, self.identity = processes, identity
+        self.optimizer = MasterAdamW(trained, config.lr, config.weight_decay, (0.9, 0.95))
+        self.elapsed_s = 0.0
+
+    def resume(self, spent_s: float) -> None:
+        """Go on from the folder's checkpoint, if there is one; else ``spent_s`` have passed already."""
+        self.elapsed_s = self.processes.total(spent_s) / self.processes.count
+        state = None if self.folder is None else load_checkpoint(self.folder, self.identity)
+        if state is None:
+            return
+        self.step, self.elapsed_s, self.losses = state["step"], state["elapsed_s"], state["losses"]
+        self.order, self.checks, self.resumed_at = state["order"], state["checks"], state["step"]
+        self.rng.bit_generator.state = json.loads(state["rng"])
+        self.optimizer.load_state_dict(state["optimizer"])
 
     def run(self, listener: Listener, on_curve: CurveListener) -> FinetuneResult:
         self._prepare_model()
-        saved_at = time.monotonic()
-        started = saved_at - self.elapsed_s
+        started = time.monotonic() - self.elapsed_s
+        saved_at = self.elapsed_s
         while not self._over():
             losses = self._take_step()
             self.elapsed_s = self.processes.total(time.monotonic() - started) / self.processes.count
@@ -121,9 +134,9 @@ class _Tuning:
             detail = ", ".join(f"{network} loss {loss:.3f}" for network, loss in losses.items())
             listener(StageProgress(STAGE, self.step, self._expected_steps(), detail))
             self._check_held_out(on_curve)
-            if time.monotonic() - saved_at > 60 * self.config.checkpoint_minutes:
+            if self.elapsed_s - saved_at > 60 * self.config.checkpoint_minutes:
                 self._save()
-                saved_at = time.monotonic()
+                saved_at = self.elapsed_s
         return self._result()
 
     def _over(self) -> bool:
@@ -147,9 +160,6 @@ class _Tuning:
         self.model.eval()
         self.model.set_attn_implementation(self.attention)
         self.model.gradient_checkpointing_disable()
-        for parameter in self.model.parameters():
-            parameter.grad = None
-            parameter.requires_grad_(True)
 
     def _take_step(self) -> dict[str, float]:
         """One batch through the step's networks; the loss of each kind."""
@@ -164,7 +174,7 @@ class _Tuning:
             config.budget_parameters,
         )
         losses = self.objective.losses(networks, self._next_rows())
-        self.processes.add_up(p.grad for p in self.trainable if p.grad is not None)
+        self.processes.add_up(p.grad for p in self.trained if p.grad is not None)
         lr = config.lr * warmup_cosine(self._progress(), config.warmup)
         norm = self.optimizer.step(lr, config.max_norm)
         self.step += 1
@@ -198,13 +208,6 @@ class _Tuning:
         if self.model.device.type == "cpu" and self.examples.ids.shape[1] <= SHORT:
             self.model.set_attn_implementation("eager")
 
-    def _choose_parameters(self) -> list[torch.nn.Parameter]:
-        """Freeze what is not trained: by default all but the layers."""
-        inner = {id(p) for layer in self.model.model.layers for p in layer.parameters()}
-        for parameter in self.model.parameters():
-            parameter.requires_grad_(self.config.train_embeddings or id(parameter) in inner)
-        return [p for p in self.model.parameters() if p.requires_grad]
-
     def _save(self) -> None:
         if self.folder is not None and self.processes.rank == 0:
             save_checkpoint(self.folder, self._state())
@@ -220,15 +223,6 @@ class _Tuning:
             "rng": json.dumps(self.rng.bit_generator.state),
             "optimizer": self.optimizer.state_dict(),
         }
-
-    def _resume(self) -> None:
-        state = None if self.folder is None else load_checkpoint(self.folder, self.identity)
-        if state is None:
-            return
-        self.step, self.elapsed_s, self.losses = state["step"], state["elapsed_s"], state["losses"]
-        self.order, self.checks, self.resumed_at = state["order"], state["checks"], state["step"]
-        self.rng.bit_generator.state = json.loads(state["rng"])
-        self.optimizer.load_state_dict(state["optimizer"])
 
     def _result(self) -> FinetuneResult:
         tokens = self.step * self.config.batch * self.examples.ids.shape[1]
@@ -249,11 +243,36 @@ def discard_checkpoint(folder: Path) -> None:
     (folder / targets.NAME).unlink(missing_ok=True)
 
 
-def _identity(space: SearchSpace, config: FinetuneConfig, examples: Examples) -> str:
+def _check(config: FinetuneConfig, examples: Examples, processes: Processes) -> None:
+    """Raise ``InputError`` for settings that the examples or the processes do not allow."""
+    if config.held_out >= len(examples.ids):
+        raise InputError(
+            f"holding out {config.held_out} of {len(examples.ids)} examples leaves none to train on"
+        )
+    if config.batch < processes.count:
+        raise InputError(f"a batch of {config.batch} is too small for {processes.count} processes")
+
+
+def _identity(
+    space: SearchSpace, config: FinetuneConfig, examples: Examples, model: Any, trained: list[Parameter]
+) -> str:
+    """Hash of all that decides a tuning: of the model a sample of what a checkpoint does not hold."""
     digest = hashlib.sha256(json.dumps([space.to_dict(), asdict(config)], sort_keys=True).encode())
     digest.update(examples.ids.numpy().tobytes())
     digest.update(examples.labels.numpy().tobytes())
+    kept = {id(parameter) for parameter in trained}
+    for parameter in model.parameters():
+        if id(parameter) not in kept:
+            digest.update(_sample(parameter))
+    digest.update(_sample(model.model.embed_tokens.weight))
     return digest.hexdigest()
+
+
+def _sample(parameter: Parameter, count: int = 64) -> bytes:
+    """Elements spread over a parameter, as bytes."""
+    flat = parameter.detach().flatten()
+    spread = flat[:: max(1, len(flat) // count)].cpu().contiguous()
+    return spread.view(torch.uint8).numpy().tobytes()
 
 
 def _late_mean(losses: list[float]) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,9 +16,27 @@ from compressor.supernet.losses import IGNORED, cross_entropy, distillation
 from compressor.supernet.processes import Processes
 from compressor.supernet.targets import Targets, compute, final_states, load_or_compute
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def original_targets(
+    model: PreTrainedModel,
+    examples: Examples,
+    config: FinetuneConfig,
+    identity: str,
+    folder: Path | None,
+    processes: Processes,
+) -> Targets | None:
+    """What the model, not tuned yet, says about the examples, if that is what it is to be kept close to."""
+    if not config.distils or config.teacher != "original":
+        return None
+    kept_in = folder if processes.rank == 0 else None
+    return load_or_compute(model, examples.ids, config.batch, identity, kept_in)
+
 
 class Objective:
-    """The loss of a fine-tuning. Made before the weights change, as it asks the frozen original."""
+    """The loss of a fine-tuning; ``targets`` are the frozen original's, used where that is the teacher."""
 
     def __init__(
         self,
@@ -26,20 +44,13 @@ class Objective:
         space: SearchSpace,
         examples: Examples,
         config: FinetuneConfig,
-        identity: str,
-        folder: Path | None,
         processes: Processes,
-        original: Targets | None = None,
+        targets: Targets | None,
     ) -> None:
         self._processes = processes
+        self._targets = targets if config.distils and config.teacher == "original" else None
         self._elastic, self._space, self._examples, self._config = elastic, space, examples, config
         self._model: Any = elastic.model
-        self._targets: Targets | None = None
-        if config.distils and config.teacher == "original":
-            self._targets = original
-        if config.distils and config.teacher == "original" and original is None:
-            kept_in = folder if processes.rank == 0 else None
-            self._targets = load_or_compute(self._model, examples.ids, config.batch, identity, kept_in)
 
     def losses(self, networks: list[tuple[str, SubNetwork]], rows: list[int]) -> dict[str, float]:
         """Add the gradients of every network on these examples; mean loss (nats) of each kind.
@@ -71,19 +82,22 @@ class Objective:
             if counted:
                 total += counted * float(self._loss(part, labels, self._targets, part))
                 count += counted
-        return total / max(count, 1)
+        return self._processes.total(total / max(count, 1)) / self._processes.count
 
     def _accumulate(
         self, rows: list[int], targets: Targets | None, chosen: list[int], counted: int, share: float
     ) -> float:
-        """Backward through the active network in parts; their share of the loss of ``counted`` tokens."""
+        """Backward through the active network in parts; their share of the loss of ``counted`` tokens.
+
+        Beside other processes, parts without any such token run too: the others wait for their gradients.
+        """
         size = max(1, len(rows) // self._config.accumulation)
         total = 0.0
         for start in range(0, len(rows), size):
             part = slice(start, start + size)
             labels = self._examples.labels[rows[part]][:, 1:].flatten()
             weight = int((labels != IGNORED).sum()) / max(counted, 1)
-            if weight == 0:
+            if weight == 0 and self._processes.count == 1:
                 continue
             loss = self._loss(rows[part], labels, targets, chosen[part]) * weight
             total += float(loss.detach())
@@ -95,6 +109,8 @@ class Objective:
         labels = labels.to(device)
         hidden = final_states(self._model, self._examples.ids[rows]).flatten(0, 1)
         head: Tensor = self._model.lm_head.weight
+        if not (labels != IGNORED).any():
+            return (hidden.sum() + head.sum()) * 0.0
         terms = []
         if self._config.loss != "distill":
             terms.append(cross_entropy(hidden, labels, head))

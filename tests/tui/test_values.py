@@ -54,6 +54,8 @@ def test_an_opened_run_is_asked_again_as_it_was_and_takes_changes(tmp_path: Path
     assert as_asked(choices.arguments()) == {"--run": str(folder.path)}
     assert choices.but(evaluations=9).request().effort.evaluations == 9
     assert choices.in_folder(tmp_path / "other").request().profile.name == "starter-cpu"
+    adapted = of_request(request().model_copy(update={"lora_rank": 8}), folder.path)
+    assert adapted.in_folder(tmp_path / "other").request().lora_rank == 8
 
 
 def test_events_are_read_as_they_are_written_even_in_pieces(tmp_path: Path) -> None:
