@@ -32,6 +32,7 @@ from compressor.supernet.elastic import Elastic
 from compressor.supernet.objective import Objective, original_targets
 from compressor.supernet.optimizer import MasterAdamW, warmup_cosine
 from compressor.supernet.processes import Processes, join_processes
+from compressor.supernet.sharding import sharded
 from compressor.supernet.subnet_sampling import networks_of_step
 from compressor.supernet.targets import Targets
 from compressor.supernet.trained import trained_parameters
@@ -71,13 +72,16 @@ def finetune(
         identity = _identity(space, config, examples, elastic.model, trained)
         if original is None:
             original = original_targets(elastic.model, examples, config, identity, folder, processes)
-        objective = Objective(elastic, space, examples, config, processes, original)
-        tuning = _Tuning(elastic, space, examples, config, trained, objective, processes, identity, folder)
-        try:
-            tuning.resume(time.monotonic() - started)
-            return tuning.run(listener, on_curve or (lambda *_: None))
-        finally:
-            tuning.close()
+        with sharded(elastic, trained, processes) as (active, parameters):
+            objective = Objective(active, space, examples, config, processes, original)
+            tuning = _Tuning(
+                active, space, examples, config, parameters, objective, processes, identity, folder
+            )
+            try:
+                tuning.resume(time.monotonic() - started)
+                return tuning.run(listener, on_curve or (lambda *_: None))
+            finally:
+                tuning.close()
 
 
 class _Tuning:
@@ -174,7 +178,8 @@ class _Tuning:
             config.budget_parameters,
         )
         losses = self.objective.losses(networks, self._next_rows())
-        self.processes.add_up(p.grad for p in self.trained if p.grad is not None)
+        if not self.processes.sharded:
+            self.processes.add_up(p.grad for p in self.trained if p.grad is not None)
         lr = config.lr * warmup_cosine(self._progress(), config.warmup)
         norm = self.optimizer.step(lr, config.max_norm)
         self.step += 1
@@ -209,8 +214,15 @@ class _Tuning:
             self.model.set_attn_implementation("eager")
 
     def _save(self) -> None:
-        if self.folder is not None and self.processes.rank == 0:
-            save_checkpoint(self.folder, self._state())
+        if self.folder is None:
+            return
+        state, failure = self._state(), None
+        if self.processes.rank == 0:
+            try:
+                save_checkpoint(self.folder, state)
+            except TrainingError as error:
+                failure = error
+        self.processes.fail_together(failure)
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -251,6 +263,13 @@ def _check(config: FinetuneConfig, examples: Examples, processes: Processes) -> 
         )
     if config.batch < processes.count:
         raise InputError(f"a batch of {config.batch} is too small for {processes.count} processes")
+    if processes.sharded and config.batch % (processes.count * config.accumulation):
+        raise InputError(
+            f"a batch of {config.batch} does not split evenly over {processes.count} processes with FSDP in "
+            f"{config.accumulation} parts: make it a multiple of {processes.count * config.accumulation}"
+        )
+    if processes.sharded and config.train_embeddings:
+        raise InputError("FSDP shares out the layers alone: don't train the embeddings with it")
 
 
 def _identity(

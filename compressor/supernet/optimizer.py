@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from compressor.supernet.sharding import gathered, shared_out
+
 
 class MasterAdamW:
     """AdamW that keeps weights in fp32 beside the model's low-precision ones.
@@ -36,9 +38,8 @@ class MasterAdamW:
             if parameter is not master and parameter.grad is not None:
                 master.grad = parameter.grad.float()
                 parameter.grad = None
-        norm = float(
-            torch.nn.utils.clip_grad_norm_([m for m in self._masters if m.grad is not None], max_norm)
-        )
+        found = [m for m in self._masters if m.grad is not None]
+        norm = float(gathered(torch.nn.utils.clip_grad_norm_(found, max_norm)))
         if math.isfinite(norm):
             for group in self._adam.param_groups:
                 group["lr"] = lr
@@ -48,15 +49,27 @@ class MasterAdamW:
         return norm
 
     def state_dict(self) -> dict[str, Any]:
-        return {"masters": [m.detach() for m in self._masters], "adam": self._adam.state_dict()}
+        """Whole tensors, also of sharded parameters: all processes must ask for it."""
+        adam = self._adam.state_dict()
+        moments = {
+            index: {name: gathered(value) for name, value in kept.items()}
+            for index, kept in adam["state"].items()
+        }
+        masters = [gathered(m.detach()) for m in self._masters]
+        return {"masters": masters, "adam": {**adam, "state": moments}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the masters, and the model's weights from them."""
         masters: list[Tensor] = state["masters"]
         with torch.no_grad():
             for master, saved in zip(self._masters, masters, strict=True):
-                master.copy_(saved)
-        self._adam.load_state_dict(state["adam"])
+                master.copy_(shared_out(saved, master))
+        order = [p for group in self._adam.param_groups for p in group["params"]]
+        moments = {
+            index: {n: shared_out(v, order[index]) if v.dim() else v for n, v in kept.items()}
+            for index, kept in state["adam"]["state"].items()
+        }
+        self._adam.load_state_dict({**state["adam"], "state": moments})
         self._publish()
 
     @torch.no_grad()

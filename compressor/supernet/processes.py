@@ -1,7 +1,8 @@
 """The processes that share a fine-tuning, started by ``accelerate launch`` or alone.
 
 Every process draws the same sub-networks and the same batch, computes its part of the batch, and adds
-up gradients with the others, so that the result is that of one process with the whole batch.
+up gradients with the others, so that the result is that of one process with the whole batch. Each holds
+the whole model, or with ``accelerate launch --use_fsdp`` a part of its layers (``sharding``).
 """
 
 from __future__ import annotations
@@ -14,13 +15,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from compressor.errors import TrainingError
+
 
 @dataclass(frozen=True)
 class Processes:
-    """``rank`` of ``count`` processes."""
+    """``rank`` of ``count`` processes; ``sharded``: each holds a part of the layers."""
 
     rank: int = 0
     count: int = 1
+    sharded: bool = False
 
     def part(self, rows: list[int]) -> list[int]:
         """This process's share of a batch."""
@@ -43,12 +47,18 @@ class Processes:
             dist.all_reduce(holder)
         return float(holder)
 
+    def fail_together(self, error: TrainingError | None) -> None:
+        """Raise in every process what one of them has to raise: the others would wait for it forever."""
+        if self.total(float(error is not None)):
+            raise error or TrainingError("another process could not go on: its message says why")
+
 
 def join_processes() -> Processes:
     """The processes that the launcher started (their group is formed on the first call)."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return Processes()
     from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
 
     state = PartialState(cpu=not torch.cuda.is_available())
-    return Processes(state.process_index, state.num_processes)
+    return Processes(state.process_index, state.num_processes, parse_flag_from_env("ACCELERATE_USE_FSDP"))

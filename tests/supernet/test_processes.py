@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from compressor.models import shape_of_config
 from compressor.space import SearchSpace
+from compressor.supernet.data import Examples
 from compressor.supernet.elastic import Elastic
 from compressor.supernet.finetune import FinetuneConfig, finetune
+from compressor.supernet.losses import IGNORED
 from compressor.supernet.processes import Processes, join_processes
 
 from .conftest import make_model
@@ -23,24 +29,68 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = """
 import json, sys, torch
 sys.path.insert(0, {root!r})
-from tests.supernet.test_processes import curve_of
+from tests.supernet.test_processes import Tuned, tune
 from compressor.supernet.processes import join_processes
-curve = curve_of()
+tuned = tune(**{changes!r})
 if join_processes().rank == 0:
-    open({out!r}, "w").write(json.dumps(curve))
+    torch.save([tuned.curve, tuned.weights, tuned.held], {out!r})
 """
+DDP = ("--cpu",)
+FSDP = ("--use_fsdp", "--fsdp_version", "2")
 
 
-def curve_of() -> list[float]:
-    """Losses of a short tuning on labels."""
+@dataclass(frozen=True)
+class Tuned:
+    """Losses by step, the weights in the end, and how many elements of the layers a process held."""
+
+    curve: dict[int, float]
+    weights: dict[str, Tensor]
+    held: int
+
+
+def tune(folder: str | None = None, kill_at: int = 0, **changes: Any) -> Tuned:
+    """A short tuning on labels; one row in four has none, so that a process may have nothing to learn."""
     torch.set_num_threads(1)
     model = make_model()
     space = SearchSpace(shape_of_config(model.config), (2, 3, 4), (16, 32, 64))
     text = torch.randint(97, (16, 12), generator=torch.Generator().manual_seed(2))
-    config = FinetuneConfig(steps=6, batch=4, lr=3e-3, loss="cross-entropy", super_every=2)
-    curve: list[float] = []
-    finetune(Elastic(model), space, text, config, on_curve=lambda _network, _step, loss: curve.append(loss))
-    return curve
+    labels = text.clone()
+    labels[::4] = IGNORED
+    settings: dict[str, Any] = {"loss": "cross-entropy", "steps": 6, "batch": 4, "lr": 3e-3, "super_every": 2}
+    config = FinetuneConfig(checkpoint_minutes=0, **{**settings, **changes})
+    curve: dict[int, float] = {}
+    held = 0
+
+    def note(network: str, step: int, loss: float) -> None:
+        nonlocal held
+        curve[step] = loss
+        if network == "super":
+            parameters = model.model.layers.parameters()
+            held = sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in parameters)
+        if step == kill_at:
+            raise KeyboardInterrupt
+
+    with suppress(KeyboardInterrupt):
+        kept = None if folder is None else Path(folder)
+        finetune(Elastic(model), space, Examples(text, labels), config, on_curve=note, folder=kept)
+    return Tuned(curve, model.state_dict(), held)
+
+
+def launched(tmp_path: Path, flags: tuple[str, ...], **changes: Any) -> Tuned:
+    """The same tuning by two processes."""
+    script, out = tmp_path / "tune.py", tmp_path / "tuned.pt"
+    script.write_text(SCRIPT.format(root=str(ROOT), out=str(out), changes=changes))
+    module = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    subprocess.run([*module, *flags, str(script)], check=True, timeout=300, cwd=ROOT, env=environment)
+    return Tuned(*torch.load(out, weights_only=True))
+
+
+def assert_same(found: Tuned, wanted: Tuned) -> None:
+    assert found.curve == {step: pytest.approx(wanted.curve[step], abs=1e-4) for step in found.curve}
+    assert list(found.weights) == list(wanted.weights)
+    for name, weight in wanted.weights.items():
+        assert torch.allclose(found.weights[name], weight, atol=1e-4), name
 
 
 def test_one_process_is_alone() -> None:
@@ -55,18 +105,43 @@ def test_parts_make_the_whole() -> None:
 
 
 @pytest.mark.slow
-def test_two_launched_processes_give_the_curve_of_one(tmp_path: Path) -> None:
-    script, out = tmp_path / "tune.py", tmp_path / "curve.json"
-    script.write_text(SCRIPT.format(root=str(ROOT), out=str(out)))
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        str(script),
-    ]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    subprocess.run(launch, check=True, timeout=300, cwd=ROOT, env=environment)
-    assert json.loads(out.read_text()) == pytest.approx(curve_of(), abs=1e-4)
+@pytest.mark.parametrize("flags", [DDP, FSDP], ids=["ddp", "fsdp"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"lora_rank": 4, "gradient_checkpointing": True},
+        {"accumulation": 2, "held_out": 4, "check_every": 2},
+    ],
+    ids=["rows", "adapters", "parts"],
+)
+def test_two_launched_processes_tune_as_one_does(
+    tmp_path: Path, flags: tuple[str, ...], changes: dict[str, Any]
+) -> None:
+    found, wanted = launched(tmp_path, flags, **changes), tune(**changes)
+    assert len(found.curve) == 6
+    assert_same(found, wanted)
+    assert found.held == wanted.held // (2 if flags == FSDP else 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 4])
+def test_sharded_processes_go_on_from_the_checkpoint_of_one_and_back(tmp_path: Path, rank: int) -> None:
+    wanted = tune(lora_rank=rank)
+    tune(str(tmp_path / "run"), kill_at=4, lora_rank=rank)
+    found = launched(tmp_path, FSDP, folder=str(tmp_path / "run"), lora_rank=rank)
+    assert min(found.curve) == 4
+    assert_same(found, wanted)
+    finished = tune(str(tmp_path / "run"), lora_rank=rank)
+    assert finished.curve == {}
+    assert_same(finished, wanted)
+
+
+@pytest.mark.slow
+def test_sharded_processes_distil_as_whole_ones_do(tmp_path: Path) -> None:
+    """Without steps of the super-network: its first gradients are rounding noise, which Adam scales up."""
+    settings: dict[str, Any] = {"loss": "distill", "super_every": 0}
+    whole = launched(tmp_path, DDP, **settings)
+    kept = str(tmp_path / "run")
+    tune(kept, kill_at=1, **settings)  # leaves the original's answers, which one process reads
+    assert_same(launched(tmp_path, FSDP, folder=kept, **settings), whole)
