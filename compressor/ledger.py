@@ -143,6 +143,11 @@ class Ledger:
         with self._using(), self._db:
             self._db.execute("INSERT OR REPLACE INTO curves VALUES (?, ?, ?)", (curve, step, value))
 
+    def end_curves(self, step: int) -> None:
+        """Forget points after the last step: those of an earlier, longer training."""
+        with self._using(), self._db:
+            self._db.execute("DELETE FROM curves WHERE step > ?", (step,))
+
     def curve(self, curve: str) -> list[tuple[int, float]]:
         sql = "SELECT step, value FROM curves WHERE curve = ? ORDER BY step"
         with self._using():

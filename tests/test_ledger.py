@@ -84,6 +84,9 @@ def test_curves_overwrite_repeated_steps(path):
             ledger.record_curve("super", step, value)
         ledger.record_curve("sub", 1, 9.0)
         assert ledger.curve("super") == [(1, 3.0), (2, 0.5)]
+        ledger.end_curves(1)
+        assert ledger.curve("super") == [(1, 3.0)]
+        assert ledger.curve("sub") == [(1, 9.0)]
 
 
 def test_facts_are_json_values(path):

@@ -156,6 +156,7 @@ def _tune(context: Context, plan: Plan) -> Result:
         context.folder.checkpoints,
         Targets.load(_training_targets(context)) if data_free else None,
     )
+    context.ledger.end_curves(result.steps)
 
     def save(path: Path) -> None:
         path.mkdir(parents=True)
@@ -192,9 +193,8 @@ def budget_parameters(plan: Plan, profile: Profile) -> int:
 
 
 def _examples(context: Context, loaded: LoadedModel) -> Examples:
-    return load_training_data(
-        context.request.train_data, loaded.tokenizer, context.request.effort.sequence_length
-    )
+    length = context.request.effort.sequence_length
+    return load_training_data(context.request.train_data, loaded.tokenizer, length, context.listener)
 
 
 def _export_stage(context: Context, info: SupernetInfo, space: SearchSpace) -> None:

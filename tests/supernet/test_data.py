@@ -64,6 +64,13 @@ def test_a_few_broken_rows_are_named_and_left_out(tiny: models.LoadedModel, tmp_
     assert "row 41: no output" in message.text
 
 
+def test_one_row_in_a_hundred_may_be_broken_and_no_more(tiny: models.LoadedModel, tmp_path: Path) -> None:
+    rows: list[object] = [ROW] * 197 + ["{"] * 2
+    load_training_data(write(tmp_path / "a.jsonl", [*rows, ROW]), tiny.tokenizer, 64)
+    with pytest.raises(InputError, match=r"3 of 200 rows are broken \(row 198: not JSON"):
+        load_training_data(write(tmp_path / "b.jsonl", [*rows, "{"]), tiny.tokenizer, 64)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,9 +15,10 @@ import torch
 from torch import Tensor
 
 from compressor.errors import InputError, RunConflictError, TrainingError
-from compressor.events import Event, LossReported, StageProgress
+from compressor.events import Event, Listener, LossReported, StageProgress, ignore
+from compressor.models import shape_of_config
 from compressor.space import SearchSpace
-from compressor.supernet import checkpoint
+from compressor.supernet import checkpoint, targets
 from compressor.supernet.data import Examples
 from compressor.supernet.elastic import Elastic
 from compressor.supernet.finetune import FinetuneConfig, discard_checkpoint, finetune
@@ -27,16 +31,25 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 SHORT = FinetuneConfig(steps=6, batch=4, lr=3e-3, super_every=2)
+KEPT = FinetuneConfig(steps=8, batch=4, lr=3e-3, checkpoint_minutes=0)
 
 
 class KilledError(Exception):
     pass
 
 
-@pytest.fixture
-def text() -> Tensor:
+def make_text() -> Tensor:
     """Token ids (16, 12)."""
     return torch.randint(97, (16, 12), generator=torch.Generator().manual_seed(2))
+
+
+def small_space(model: PreTrainedModel) -> SearchSpace:
+    return SearchSpace(shape_of_config(model.config), (2, 3, 4), (16, 32, 64))
+
+
+@pytest.fixture
+def text() -> Tensor:
+    return make_text()
 
 
 @torch.no_grad()
@@ -177,11 +190,10 @@ def test_time_ends_it(model: PreTrainedModel, space: SearchSpace, text: Tensor) 
 
 
 def test_a_killed_run_resumes_to_the_same_losses(space: SearchSpace, text: Tensor, tmp_path: Path) -> None:
-    config = FinetuneConfig(steps=8, batch=4, lr=3e-3, checkpoint_minutes=0)
-    straight = losses_of(make_model(), space, text, config, tmp_path / "a")
+    straight = losses_of(make_model(), space, text, KEPT, tmp_path / "a")
     with pytest.raises(KilledError):
-        losses_of(make_model(), space, text, config, tmp_path / "b", kill_at=5)
-    resumed = losses_of(make_model(), space, text, config, tmp_path / "b")
+        losses_of(make_model(), space, text, KEPT, tmp_path / "b", kill_at=5)
+    resumed = losses_of(make_model(), space, text, KEPT, tmp_path / "b")
     first = min(resumed)
     assert 1 <= first <= 5
     assert resumed == {step: pytest.approx(straight[step], abs=1e-5) for step in range(first, 9)}
@@ -194,10 +206,12 @@ def losses_of(
     config: FinetuneConfig,
     folder: Path,
     kill_at: int = 0,
+    also: Listener = ignore,
 ) -> dict[int, float]:
     seen: dict[int, float] = {}
 
     def listen(event: Event) -> None:
+        also(event)
         if isinstance(event, LossReported):
             seen[event.step] = event.loss
             if event.step == kill_at:
@@ -216,6 +230,16 @@ def test_a_checkpoint_of_another_tuning_is_refused(
         finetune(Elastic(model), space, text.flip(0), config, folder=tmp_path)
     discard_checkpoint(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("changes", [{}, {"train_embeddings": True}])
+def test_a_checkpoint_of_another_model_is_refused(
+    space: SearchSpace, text: Tensor, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    config = replace(KEPT, loss="cross-entropy", **changes)
+    finetune(Elastic(make_model()), space, text, config, folder=tmp_path)
+    with pytest.raises(RunConflictError, match="another model"):
+        finetune(Elastic(make_model(seed=1)), space, text, config, folder=tmp_path)
 
 
 def test_a_damaged_checkpoint_is_named(
@@ -245,6 +269,42 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_good_weights(space: Searc
             lambda event: (good.append(weight.detach().clone()), break_at_three(event))[1],
         )
     assert torch.equal(weight, good[-1])
+
+
+FULL_DISK = """
+import resource, sys
+sys.path.insert(0, {root!r})
+from pathlib import Path
+import torch
+from compressor.errors import TrainingError
+from compressor.events import LossReported
+from tests.supernet.test_finetune import KEPT, losses_of, make_model, make_text, small_space
+
+def fill_the_disk(event):
+    if isinstance(event, LossReported) and event.step == 4:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+
+torch.set_num_threads(1)
+model = make_model()
+try:
+    losses_of(model, small_space(model), make_text(), KEPT, Path({folder!r}), also=fill_the_disk)
+except TrainingError as error:
+    sys.exit(str(error))
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGXFSZ"), reason="needs limits on the size of files")
+def test_a_disk_that_fills_up_leaves_a_checkpoint_that_goes_on(tmp_path: Path) -> None:
+    root = str(Path(__file__).resolve().parents[2])
+    program = FULL_DISK.format(root=root, folder=str(tmp_path / "b"))
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 1
+    assert "cannot write a checkpoint" in ended.stderr and "free disk space" in ended.stderr
+    assert {path.name for path in (tmp_path / "b").iterdir()} == {checkpoint.NAME, targets.NAME}
+    space = small_space(make_model())
+    straight = losses_of(make_model(), space, make_text(), KEPT, tmp_path / "a")
+    resumed = losses_of(make_model(), space, make_text(), KEPT, tmp_path / "b")
+    assert resumed == {step: pytest.approx(straight[step], abs=1e-5) for step in range(4, 9)}
 
 
 def test_a_full_disk_keeps_the_last_checkpoint(tmp_path: Path) -> None:
