@@ -34,6 +34,7 @@ LAYER_SEQUENCES = 8
 """Sequences that neurons and layers are ranked on."""
 BASE_BITS = (4, 8)
 ADAPTER_LR = 1e-3
+"""Adapters take higher rates than all weights do (Biderman et al., arXiv 2405.09673)."""
 
 
 def prepare(context: Context, plan: Plan) -> tuple[SupernetInfo, SearchSpace]:

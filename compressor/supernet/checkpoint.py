@@ -3,16 +3,56 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import os
 import pickle
+from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn import Parameter
 
 from compressor.errors import RunConflictError, TrainingError
+from compressor.space import SearchSpace
+from compressor.supernet.config import FinetuneConfig
+from compressor.supernet.data import Examples
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 NAME = "checkpoint.pt"
+SAMPLED = 64
+"""Elements of a parameter that tell it from another model's."""
+
+
+def tuning_identity(
+    space: SearchSpace,
+    config: FinetuneConfig,
+    examples: Examples,
+    model: PreTrainedModel,
+    trained: list[Parameter],
+) -> str:
+    """Hash of all that decides a tuning: of the model a sample of what a checkpoint does not hold."""
+    digest = hashlib.sha256(json.dumps([space.to_dict(), asdict(config)], sort_keys=True).encode())
+    digest.update(examples.ids.numpy().tobytes())
+    digest.update(examples.labels.numpy().tobytes())
+    held = {id(parameter) for parameter in trained}
+    kept = [parameter for parameter in model.parameters() if id(parameter) not in held]
+    digest.update(sample([*kept, *model.get_input_embeddings().parameters()]).encode())
+    return digest.hexdigest()
+
+
+def sample(parameters: Iterable[Parameter]) -> str:
+    """Hash of elements spread over each parameter."""
+    digest = hashlib.sha256()
+    for parameter in parameters:
+        flat = parameter.detach().flatten()
+        spread = flat[:: max(1, len(flat) // SAMPLED)].cpu().contiguous()
+        digest.update(spread.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:

@@ -7,17 +7,14 @@ that it wrote itself, so that no data set is needed.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -25,7 +22,13 @@ from compressor.errors import InputError, TrainingError
 from compressor.events import Listener, LossReported, StageProgress, ignore
 from compressor.space import SearchSpace
 from compressor.supernet import targets
-from compressor.supernet.checkpoint import load_checkpoint, remove_checkpoint, save_checkpoint
+from compressor.supernet.checkpoint import (
+    load_checkpoint,
+    remove_checkpoint,
+    sample,
+    save_checkpoint,
+    tuning_identity,
+)
 from compressor.supernet.config import FinetuneConfig, FinetuneResult
 from compressor.supernet.data import Examples
 from compressor.supernet.elastic import Elastic
@@ -69,7 +72,8 @@ def finetune(
     processes = join_processes()
     _check(config, examples, processes)
     with trained_parameters(elastic, config) as trained:
-        identity = _identity(space, config, examples, elastic.model, trained)
+        identity = tuning_identity(space, config, examples, elastic.model, trained)
+        processes.must_agree(identity + sample(elastic.model.parameters()))
         if original is None:
             original = original_targets(elastic.model, examples, config, identity, folder, processes)
         with sharded(elastic, trained, processes) as (active, parameters):
@@ -270,28 +274,6 @@ def _check(config: FinetuneConfig, examples: Examples, processes: Processes) -> 
         )
     if processes.sharded and config.train_embeddings:
         raise InputError("FSDP shares out the layers alone: don't train the embeddings with it")
-
-
-def _identity(
-    space: SearchSpace, config: FinetuneConfig, examples: Examples, model: Any, trained: list[Parameter]
-) -> str:
-    """Hash of all that decides a tuning: of the model a sample of what a checkpoint does not hold."""
-    digest = hashlib.sha256(json.dumps([space.to_dict(), asdict(config)], sort_keys=True).encode())
-    digest.update(examples.ids.numpy().tobytes())
-    digest.update(examples.labels.numpy().tobytes())
-    kept = {id(parameter) for parameter in trained}
-    for parameter in model.parameters():
-        if id(parameter) not in kept:
-            digest.update(_sample(parameter))
-    digest.update(_sample(model.model.embed_tokens.weight))
-    return digest.hexdigest()
-
-
-def _sample(parameter: Parameter, count: int = 64) -> bytes:
-    """Elements spread over a parameter, as bytes."""
-    flat = parameter.detach().flatten()
-    spread = flat[:: max(1, len(flat) // count)].cpu().contiguous()
-    return spread.view(torch.uint8).numpy().tobytes()
 
 
 def _late_mean(losses: list[float]) -> float:

@@ -7,6 +7,7 @@ the whole model, or with ``accelerate launch --use_fsdp`` a part of its layers (
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from compressor.errors import TrainingError
+from compressor.errors import InputError, TrainingError
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,15 @@ class Processes:
     rank: int = 0
     count: int = 1
     sharded: bool = False
+
+    @property
+    def device(self) -> torch.device:
+        """The process's own: its GPU, or the CPU."""
+        return (
+            torch.device("cuda", torch.cuda.current_device())
+            if torch.cuda.is_available()
+            else torch.device("cpu")
+        )
 
     def part(self, rows: list[int]) -> list[int]:
         """This process's share of a batch."""
@@ -46,6 +56,14 @@ class Processes:
             holder = holder.to("cuda" if dist.get_backend() == "nccl" else "cpu")
             dist.all_reduce(holder)
         return float(holder)
+
+    def must_agree(self, fingerprint: str) -> None:
+        """Raise ``InputError`` in every process if their fingerprints of what they tune differ."""
+        number = int(hashlib.sha256(fingerprint.encode()).hexdigest()[:8], 16)
+        if self.total(number) != self.count * number:
+            raise InputError(
+                "the processes hold different models, data or settings: load and sort the same in each"
+            )
 
     def fail_together(self, error: TrainingError | None) -> None:
         """Raise in every process what one of them has to raise: the others would wait for it forever."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from compressor.space import SearchSpace
 from compressor.supernet.data import Examples
 from compressor.supernet.elastic import Elastic
 from compressor.supernet.finetune import FinetuneConfig, finetune
+from compressor.supernet.folder import read_info
 from compressor.supernet.losses import IGNORED
 from compressor.supernet.processes import Processes, join_processes
 
@@ -27,25 +29,27 @@ from .conftest import make_model
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = """
-import json, sys, torch
+import sys, torch
 sys.path.insert(0, {root!r})
 from tests.supernet.test_processes import Tuned, tune
 from compressor.supernet.processes import join_processes
 tuned = tune(**{changes!r})
-if join_processes().rank == 0:
-    torch.save([tuned.curve, tuned.weights, tuned.held], {out!r})
+processes = join_processes()
+if processes.rank == 0:
+    torch.save([tuned.curve, tuned.weights, tuned.held, processes.count], {out!r})
 """
-DDP = ("--cpu",)
+DDP = ("--multi_gpu",)  # without a GPU: processes on the CPU; --cpu would start a single one
 FSDP = ("--use_fsdp", "--fsdp_version", "2")
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """Losses by step, the weights in the end, and how many elements of the layers a process held."""
+    """Losses by step, the weights in the end, how many elements of the layers each of ``count`` held."""
 
     curve: dict[int, float]
     weights: dict[str, Tensor]
     held: int
+    count: int = 1
 
 
 def tune(folder: str | None = None, kill_at: int = 0, **changes: Any) -> Tuned:
@@ -80,10 +84,20 @@ def launched(tmp_path: Path, flags: tuple[str, ...], **changes: Any) -> Tuned:
     """The same tuning by two processes."""
     script, out = tmp_path / "tune.py", tmp_path / "tuned.pt"
     script.write_text(SCRIPT.format(root=str(ROOT), out=str(out), changes=changes))
+    ended = launch(script, flags)
+    assert ended.returncode == 0, ended.stderr
+    tuned = Tuned(*torch.load(out, weights_only=True))
+    assert tuned.count == 2
+    return tuned
+
+
+def launch(script: Path, flags: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
     module = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2"]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    subprocess.run([*module, *flags, str(script)], check=True, timeout=300, cwd=ROOT, env=environment)
-    return Tuned(*torch.load(out, weights_only=True))
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    command = [*module, *flags, str(script)]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=300, cwd=script.parent, env=environment
+    )
 
 
 def assert_same(found: Tuned, wanted: Tuned) -> None:
@@ -145,3 +159,31 @@ def test_sharded_processes_distil_as_whole_ones_do(tmp_path: Path) -> None:
     kept = str(tmp_path / "run")
     tune(kept, kill_at=1, **settings)  # leaves the original's answers, which one process reads
     assert_same(launched(tmp_path, FSDP, folder=kept, **settings), whole)
+
+
+@pytest.mark.slow
+def test_processes_that_would_tune_apart_are_stopped(tmp_path: Path) -> None:
+    script = tmp_path / "apart.py"
+    script.write_text(
+        "import os\nfrom tests.supernet.test_processes import tune\ntune(seed=int(os.environ['RANK']))\n"
+    )
+    ended = launch(script, DDP)
+    assert ended.returncode != 0
+    assert "the processes hold different models, data or settings" in ended.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [DDP, FSDP], ids=["ddp", "fsdp"])
+def test_the_documented_script_makes_a_super_network(
+    tiny_model_folder: Path, tmp_path: Path, flags: tuple[str, ...]
+) -> None:
+    document = (ROOT / "docs" / "tuning.md").read_text(encoding="utf-8")
+    script = document.split("```python\n")[1].split("```")[0]
+    assert "path/or/hub-id" in script
+    script = script.replace("path/or/hub-id", str(tiny_model_folder)).replace("steps=2000", "steps=4")
+    (tmp_path / "tune.py").write_text(script)
+    row = {"instruction": "Name a fruit.", "output": "An apple."}
+    (tmp_path / "alpaca.jsonl").write_text("\n".join([json.dumps(row)] * 400))
+    ended = launch(tmp_path / "tune.py", flags)
+    assert ended.returncode == 0, ended.stderr
+    assert read_info(tmp_path / "supernet").ordering == "rms+block-influence"
