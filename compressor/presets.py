@@ -36,7 +36,7 @@ PRESETS = {
         tuning_steps=480,
         tuning_batch=4,
         text_sequences=320,
-        score_sequences=96,
+        score_sequences=64,
         sequence_length=160,
         bench_seconds=2.0,
     ),
