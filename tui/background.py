@@ -55,6 +55,7 @@ class BackgroundRun:
         path = choices.run_folder
         folder = RunFolder(path)
         refuse_unusable(folder)
+        _hear_interrupts()
         try:
             path.mkdir(parents=True, exist_ok=True)
             log = folder.log.open("wb")
@@ -170,3 +171,10 @@ def _give_way(pid: int) -> None:
     with suppress(OSError):
         os.setpriority(os.PRIO_PROCESS, pid, NICENESS)
         Path(f"/proc/{pid}/autogroup").write_text(str(NICENESS))
+
+
+def _hear_interrupts() -> None:
+    """What a script put into the background ignores SIGINT, and so would all that it starts: a run could
+    not be stopped."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -20,7 +20,7 @@ import pytest
 from compressor.errors import InputError, PackageError, RunConflictError
 from compressor.runfolder import RunFolder
 from tests.tui.sample_run import write_run
-from tui.background import NICENESS, BackgroundRun, Ending, last_complaint
+from tui.background import NICENESS, STOPPED_BY_HAND, BackgroundRun, Ending, last_complaint
 from tui.choices import Choices
 from tui.endpoint import Endpoint, refuse_taken_port
 
@@ -101,6 +101,18 @@ def test_a_run_that_fails_leaves_its_message_and_lives_in_a_session_of_its_own(t
     ending = run.ending()
     assert ending.failed and ending.code == 2
     assert "holds no model (no config.json)" in ending.complaint
+
+
+def test_a_run_can_be_stopped_though_the_wizard_itself_ignores_interrupts(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        run = BackgroundRun.start(Choices().in_folder(tmp_path / "run"))
+        assert until(run.folder.run_file.exists, 60)
+        run.stop()
+        assert until(lambda: not run.alive, 60)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert run.ending().code == STOPPED_BY_HAND and not run.ending().failed
 
 
 @pytest.mark.parametrize(
