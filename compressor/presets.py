@@ -28,6 +28,12 @@ class Effort:
     bench_seconds: float
     """Longest time to measure one candidate during the search, seconds."""
 
+    def __post_init__(self) -> None:
+        """Make every number what it is after it was stored: 5 and 5.0 minutes would be two tunings."""
+        for field in fields(self):
+            kind = float if field.type == "float" else int
+            object.__setattr__(self, field.name, kind(getattr(self, field.name)))
+
 
 PRESETS = {
     "quick": Effort(
@@ -71,6 +77,4 @@ def effort(preset: str, **overrides: float | None) -> Effort:
     for name, value in given.items():
         if value <= 0:
             raise InputError(f"--{name.replace('_', '-')} must be above 0 (got {value})")
-    kinds = {f.name: f.type for f in fields(Effort)}
-    typed = {name: int(value) if kinds[name] == "int" else value for name, value in given.items()}
-    return replace(PRESETS[preset], **typed)  # type: ignore[arg-type]
+    return replace(PRESETS[preset], **given)  # type: ignore[arg-type]

@@ -1,5 +1,7 @@
 """Flags become a request; a resumed run remembers its own and takes changes on top."""
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,17 @@ def test_a_request_survives_its_run_folder(tmp_path: Path) -> None:
     request = start(tmp_path / "run", preset="quick", tasks="arc_easy, winogrande", limit=5, seed=3)
     assert request.tasks == ("arc_easy", "winogrande")
     assert stored_request(RunFolder.open_existing(tmp_path / "run")) == request
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_an_effort_reads_the_same_to_the_last_digit_after_it_was_stored(preset: str) -> None:
+    request = fresh({"profile": "starter-cpu", "preset": preset, "tuning_minutes": 5})
+    stored = RunRequest.model_validate_json(request.model_dump_json())
+    assert json.dumps(asdict(stored.effort)) == json.dumps(asdict(request.effort))
+    whole = RunRequest.model_validate_json(
+        fresh({"profile": "starter-cpu", "preset": preset}).model_dump_json()
+    )
+    assert json.dumps(asdict(whole.effort)) == json.dumps(asdict(PRESETS[preset]))
 
 
 def test_a_resumed_run_needs_no_flag_but_its_folder(tmp_path: Path) -> None:
