@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from tests.tui.conftest import RecordedProbe
 from tests.tui.driving import settle
 from tests.tui.sample_run import write_run
 from tui.app import ANSI_DARK, LIGHT, Wizard
+from tui.endpoint import Endpoint, Reply
 from tui.screens.serve import ServeStep
 from tui.widgets.field import Field
 
@@ -118,6 +119,47 @@ def test_before_the_endpoint_is_started(size: tuple[int, int], wizard: Build, sn
         await pressing()(pilot)
 
     assert snap_compare(app, terminal_size=size, run_before=serve)
+
+
+class RecordedEndpoint(Endpoint):
+    """An endpoint at work whose answer and figures are always the same."""
+
+    alive = True  # type: ignore[assignment]
+    memory_bytes = 276 * 2**20  # type: ignore[assignment]
+
+    def chat(
+        self, model: str, messages: list[dict[str, str]], stopped: Callable[[], bool]
+    ) -> Iterator[Reply]:
+        del model, messages, stopped
+        for tokens, text in enumerate(("The capital ", "of France ", "is Paris."), start=1):
+            yield Reply(text, 120.0, tokens, 133.0)
+
+
+@pytest.mark.parametrize("size", [SMALL, LARGE], ids=["80x24", "120x40"])
+def test_an_answer_of_the_endpoint(size: tuple[int, int], wizard: Build, snap_compare: Compare) -> None:
+    folder = write_run(Path("runs/sample"))
+    app = wizard(folder.path)
+
+    async def ask(pilot: Pilot[None]) -> None:
+        await settle(pilot)
+        app.package = folder.package
+        app.go("serve")
+        await settle(pilot)
+        screen = app.screen
+        assert isinstance(screen, ServeStep)
+        screen.query_one("#field-key", Field).show("sample-key")
+        screen.refresh_facts()
+        screen.endpoint = app.endpoint = RecordedEndpoint(folder.package, 8000, "sample-key")
+        screen.model_name = "sample"
+        screen._started(screen.endpoint, "")
+        await pilot.press(*"Where is Paris?", "enter")
+        for _ in range(100):
+            await settle(pilot)
+            if len(screen.messages) == 2:
+                break
+        await pressing()(pilot)
+
+    assert snap_compare(app, terminal_size=size, run_before=ask)
 
 
 def test_a_terminal_that_is_too_small(wizard: Build, snap_compare: Compare) -> None:
