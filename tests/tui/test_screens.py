@@ -103,19 +103,26 @@ def test_a_run_that_failed(wizard: Build, snap_compare: Compare) -> None:
     assert snap_compare(wizard(folder.path), terminal_size=SMALL, run_before=pressing())
 
 
+async def go_to_serve(pilot: Pilot[None], app: Wizard, package: Path) -> ServeStep:
+    """The last step with a package, and a key that is always the same."""
+    await settle(pilot)
+    app.package = package
+    app.go("serve")
+    await settle(pilot)
+    screen = app.screen
+    assert isinstance(screen, ServeStep)
+    screen.query_one("#field-key", Field).show("sample-key")
+    screen.refresh_facts()
+    return screen
+
+
 @pytest.mark.parametrize("size", [SMALL, LARGE], ids=["80x24", "120x40"])
 def test_before_the_endpoint_is_started(size: tuple[int, int], wizard: Build, snap_compare: Compare) -> None:
     folder = write_run(Path("runs/sample"))
     app = wizard(folder.path)
 
     async def serve(pilot: Pilot[None]) -> None:
-        await settle(pilot)
-        app.package = folder.package
-        app.go("serve")
-        await settle(pilot)
-        assert isinstance(app.screen, ServeStep)
-        app.screen.query_one("#field-key", Field).show("sample-key")
-        app.screen.refresh_facts()
+        await go_to_serve(pilot, app, folder.package)
         await pressing()(pilot)
 
     assert snap_compare(app, terminal_size=size, run_before=serve)
@@ -141,14 +148,7 @@ def test_an_answer_of_the_endpoint(size: tuple[int, int], wizard: Build, snap_co
     app = wizard(folder.path)
 
     async def ask(pilot: Pilot[None]) -> None:
-        await settle(pilot)
-        app.package = folder.package
-        app.go("serve")
-        await settle(pilot)
-        screen = app.screen
-        assert isinstance(screen, ServeStep)
-        screen.query_one("#field-key", Field).show("sample-key")
-        screen.refresh_facts()
+        screen = await go_to_serve(pilot, app, folder.package)
         screen.endpoint = app.endpoint = RecordedEndpoint(folder.package, 8000, "sample-key")
         screen.model_name = "sample"
         screen._started(screen.endpoint, "")
