@@ -35,11 +35,19 @@ class CacheShape:
 
 @dataclass
 class Row:
-    """What a row holds: the tokens whose keys and values are valid, and how far it was ever written."""
+    """What a row holds: the tokens whose keys and values are valid, and how far it was ever written.
+
+    ``pending`` more positions are being written: some layers have their keys and values already.
+    """
 
     tokens: list[int] = field(default_factory=list)
+    pending: int = 0
     touched: int = 0
     last_used: float = 0.0
+
+    @property
+    def filled(self) -> int:
+        return len(self.tokens) + self.pending
 
 
 class KeyValueCache:
@@ -69,15 +77,15 @@ class KeyValueCache:
         if one == other:
             return
         first, second = self.rows[one], self.rows[other]
-        here, there = len(first.tokens), len(second.tokens)
+        here, there = first.filled, second.filled
         for tensor in self.tensors:
             saved = tensor[one, :, :here].copy()
             tensor[one, :, :there] = tensor[other, :, :there]
             tensor[other, :, :here] = saved
         self.rows[one], self.rows[other] = second, first
         first.touched, second.touched = max(second.touched, here), max(first.touched, there)
-        self._trim(one)
-        self._trim(other)
+        self.trim(one)
+        self.trim(other)
 
     def copy_prefix(self, source: int, target: int, length: int) -> None:
         """Make ``target`` hold the first ``length`` tokens of ``source``."""
@@ -93,12 +101,12 @@ class KeyValueCache:
             self._give_back(index, 0)
         self.rows[index] = Row()
 
-    def _trim(self, index: int) -> None:
+    def trim(self, index: int) -> None:
         """Give back what a longer sequence left behind, unless that is little."""
         row = self.rows[index]
-        if row.touched - len(row.tokens) > TRIM_TOKENS:
-            self._give_back(index, len(row.tokens))
-            row.touched = len(row.tokens)
+        if row.touched - row.filled > TRIM_TOKENS:
+            self._give_back(index, row.filled)
+            row.touched = row.filled
 
     def _give_back(self, index: int, kept: int) -> None:
         """Return the memory of all positions of a row but the first ``kept``."""

@@ -1,12 +1,14 @@
 """Which cache row a sequence gets: admission against the memory budget, prefix reuse, compaction.
 
-Rows [0, decoding) decode together; the next [decoding, active) are being prefilled; the rest are idle
-and keep what they hold, for the next prompt that begins alike.
+The active rows lie side by side, those that decode before those being prefilled, and may begin at any
+row; the others are idle and keep what they hold, for the next prompt that begins alike. The active rows
+grow at either end, over idle ones: moving what those hold would take longer than it is worth.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 from serve.kvcache import KeyValueCache, common_prefix
 from serve.sequence import SequenceState
@@ -20,6 +22,7 @@ class Rows:
     def __init__(self, cache: KeyValueCache, budget_tokens: int) -> None:
         self.cache = cache
         self.budget_tokens = budget_tokens
+        self.first = 0  # of the active rows
         self.decoding: list[SequenceState] = []
         self.prefilling: list[SequenceState] = []
 
@@ -38,9 +41,8 @@ class Rows:
         reserved = sum(other.reserved for other in self.sequences) + sequence.reserved
         if reserved > self.budget_tokens:
             return False
-        row = self._place(sequence)
-        self._make_room(row, sequence)
-        self.prefilling.append(sequence)
+        self._take(self._choose(sequence), sequence)
+        self._make_room()
         return True
 
     def share_prefix(self, sequence: SequenceState) -> None:
@@ -54,37 +56,38 @@ class Rows:
 
     def start_decoding(self, sequence: SequenceState) -> None:
         """Its prompt is in the cache: it joins the rows that decode."""
-        row = self.row_of(sequence)
-        target = len(self.decoding)
-        self.cache.swap(row, target)
+        self.cache.swap(self.row_of(sequence), self.first + len(self.decoding))
         index = self.prefilling.index(sequence)
         self.prefilling[index] = self.prefilling[0]
         self.prefilling.pop(0)
         self.decoding.append(sequence)
 
     def release(self, sequence: SequenceState) -> None:
-        """The sequence leaves; its row stays as it is, idle, after the active ones."""
+        """The sequence leaves; its row stays as it is, idle, before or after the active ones."""
         row = self.row_of(sequence)
         self.cache.rows[row].last_used = time.monotonic()
+        self.cache.rows[row].pending = 0
+        if row == self.first:
+            (self.decoding or self.prefilling).pop(0)
+            self.first += 1
+            return
         if sequence in self.decoding:
-            last = len(self.decoding) - 1
+            last = self.first + len(self.decoding) - 1
             self.cache.swap(row, last)
-            self.decoding[row] = self.decoding[last]
+            self.decoding[row - self.first] = self.decoding[-1]
             self.decoding.pop()
-            row = last
             if self.prefilling:  # the hole is before them: the last of them fills it
-                self.cache.swap(row, self.active)
+                self.cache.swap(last, last + len(self.prefilling))
                 self.prefilling.insert(0, self.prefilling.pop())
         else:
-            last = self.active - 1
-            self.cache.swap(row, last)
-            self.prefilling[row - len(self.decoding)] = self.prefilling[-1]
+            self.cache.swap(row, self.first + self.active - 1)
+            self.prefilling[self.prefilling.index(sequence)] = self.prefilling[-1]
             self.prefilling.pop()
 
     def row_of(self, sequence: SequenceState) -> int:
         if sequence in self.decoding:
-            return self.decoding.index(sequence)
-        return len(self.decoding) + self.prefilling.index(sequence)
+            return self.first + self.decoding.index(sequence)
+        return self.first + len(self.decoding) + self.prefilling.index(sequence)
 
     def drop_all(self) -> None:
         """Forget every sequence and every prefix."""
@@ -93,27 +96,48 @@ class Rows:
         for index in range(len(self.cache.rows)):
             self.cache.drop(index)
 
-    def _place(self, sequence: SequenceState) -> int:
-        """Choose an idle row and make it the first idle one; returns it.
-
-        One that holds the prompt's beginning and little else is taken as it is; otherwise the least useful
-        is overwritten, and ``share_prefix`` may copy the beginning later.
+    def _choose(self, sequence: SequenceState) -> int:
+        """An idle row that the active ones can grow to: one that holds the prompt's beginning and little
+        else as it is, or the least useful, to be overwritten; ``share_prefix`` may copy the beginning later.
         """
-        target = self.active
-        longest, source = self._best_prefix(
-            list(sequence.request.prompt), range(target, len(self.cache.rows))
-        )
+        ends = self._ends()
+        longest, source = self._best_prefix(list(sequence.request.prompt), ends)
         useful = longest >= MIN_SHARED_TOKENS and longest * 2 >= len(self.cache.rows[source].tokens)
         if useful and not sequence.request.score_prompt:
-            self.cache.swap(source, target)
-            del self.cache.rows[target].tokens[longest:]
+            del self.cache.rows[source].tokens[longest:]
             sequence.cached_tokens = longest
-        else:
-            self.cache.swap(self._least_useful(), target)
-            self.cache.rows[target].tokens.clear()
-        return target
+            return source
+        row = min(ends, key=self._usefulness)
+        self.cache.rows[row].tokens.clear()
+        return row
 
-    def _best_prefix(self, prompt: list[int], rows: range) -> tuple[int, int]:
+    def _take(self, row: int, sequence: SequenceState) -> None:
+        """Grow to an idle row; where that is before the others, what decodes is kept first."""
+        if self.active and row > self.first:
+            self.prefilling.append(sequence)
+            return
+        self.first = row
+        if self.decoding:  # the last of them changes places with the new one
+            self.cache.swap(row, row + len(self.decoding))
+            self.decoding.insert(0, self.decoding.pop())
+        self.prefilling.insert(0, sequence)
+
+    def _ends(self) -> list[int]:
+        """The idle rows next to the active ones; all, if none is active."""
+        if not self.active:
+            return list(range(len(self.cache.rows)))
+        return [end for end in (self.first + self.active, self.first - 1) if 0 <= end < len(self.cache.rows)]
+
+    def _idle(self) -> list[int]:
+        active = range(self.first, self.first + self.active)
+        return [index for index in range(len(self.cache.rows)) if index not in active]
+
+    def _usefulness(self, row: int) -> tuple[bool, float]:
+        """Of an idle row's contents: more if there are any, and if they were used lately."""
+        entry = self.cache.rows[row]
+        return bool(entry.tokens), entry.last_used
+
+    def _best_prefix(self, prompt: list[int], rows: Sequence[int]) -> tuple[int, int]:
         """The longest beginning of the prompt, less its last two tokens, that a row holds, and the row.
 
         Two are left because a prefill of one token goes through attention's decoding path, whose rounding
@@ -122,23 +146,17 @@ class Rows:
         limit = prompt[:-2]
         return max((common_prefix(self.cache.rows[index].tokens, limit), index) for index in rows)
 
-    def _least_useful(self) -> int:
-        """The idle row to overwrite: an empty one, else the longest unused."""
-        idle = range(self.active, len(self.cache.rows))
-        return min(idle, key=lambda i: (bool(self.cache.rows[i].tokens), self.cache.rows[i].last_used))
-
-    def _make_room(self, row: int, sequence: SequenceState) -> None:
+    def _make_room(self) -> None:
         """Give back idle rows, longest unused first, until what is kept and what may come fit."""
-        needed = max(sequence.reserved, self.cache.rows[row].touched)
-        needed += sum(
-            max(other.reserved, self.cache.rows[self.row_of(other)].touched) for other in self.sequences
-        )
-        idle = sorted(
-            range(self.active + 1, len(self.cache.rows)), key=lambda i: self.cache.rows[i].last_used
-        )
+        rows = {self.row_of(sequence): sequence for sequence in self.sequences}
+        needed = sum(max(entry.reserved, self.cache.rows[row].touched) for row, entry in rows.items())
+        idle = sorted(self._idle(), key=lambda i: self.cache.rows[i].last_used)
         kept = sum(self.cache.rows[index].touched for index in idle)
         for index in idle:
             if needed + kept <= self.budget_tokens:
-                break
+                return
             kept -= self.cache.rows[index].touched
             self.cache.drop(index)
+        if needed > self.budget_tokens:  # what longer sequences left in the active rows
+            for row in rows:
+                self.cache.trim(row)

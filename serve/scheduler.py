@@ -1,7 +1,7 @@
 """The batching loop: one thread owns the model, and requests join and leave between tokens.
 
-A turn prefills a chunk of the oldest prompt (how much, says pace.py), then decodes one token of every
-running sequence.
+A turn works on the oldest prompt for as long as running sequences may wait for it (pace.py), then decodes
+one token of each of them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from serve.errors import ApiError
-from serve.model import Model
+from serve.model import Chunk, Model
 from serve.pace import Pace
 from serve.rows import Rows
 from serve.sampling import Logits
@@ -159,33 +159,50 @@ class Scheduler:
                 self._waiting.popleft()
 
     def _prefill(self, sequence: SequenceState) -> None:
-        """Put a chunk of the prompt into the cache; after the last one choose the first token."""
-        row = self.rows.row_of(sequence)
-        prompt = sequence.request.prompt
+        """Work on the prompt for as long as others may wait; a chunk may be left between two parts."""
         if not sequence.prefill_begun:
             self._begin_prefill(sequence)
-        done = len(self._model.cache.rows[row].tokens)
+        waiting, reading = len(self.rows.decoding), len(self.rows.prefilling)
+        allowed = self._pace.allowed_seconds(waiting, reading)
+        spent, seconds = 0.0, 0.0
+        while spent + seconds <= allowed:
+            chunk = sequence.chunk = sequence.chunk or self._next_chunk(sequence)
+            began = time.monotonic()
+            logits = self._model.advance(self.rows.row_of(sequence), chunk)
+            seconds = time.monotonic() - began
+            spent += seconds
+            self._pace.read(len(chunk.ids), seconds, waiting, reading)
+            if logits is not None:
+                sequence.chunk = None
+                if self._end_chunk(sequence, chunk, logits) or not waiting:
+                    return
+
+    def _next_chunk(self, sequence: SequenceState) -> Chunk:
+        prompt = sequence.request.prompt
+        done = len(self._model.cache.rows[self.rows.row_of(sequence)].tokens)
         size = self._chunk_tokens(sequence)
         if len(prompt) - done == size + 1 > 2:  # a lone token is rounded differently, see rows.py
             size += 1
-        chunk = list(prompt[done : done + size])
-        began = time.monotonic()
-        read = self._model.score if sequence.request.score_prompt else self._model.prefill
-        logits = read(row, chunk)
-        waiting, reading = len(self.rows.decoding), len(self.rows.prefilling)
-        self._pace.read(len(chunk), time.monotonic() - began, waiting, reading)
-        self.counters.prompt_tokens += len(chunk)
+        return Chunk(prompt[done : done + size], every=sequence.request.score_prompt)
+
+    def _end_chunk(self, sequence: SequenceState, chunk: Chunk, logits: Logits) -> bool:
+        """The chunk is in the cache; after the last one choose the first token. Whether it was the last."""
+        prompt = sequence.request.prompt
+        done = len(self._model.cache.rows[self.rows.row_of(sequence)].tokens)
+        self.counters.prompt_tokens += len(chunk.ids)
         if sequence.request.score_prompt:
-            for offset, token in enumerate(prompt[done + 1 : done + 1 + len(chunk)]):
+            following = prompt[done - len(chunk.ids) + 1 : done + 1]
+            for offset, token in enumerate(following):
                 sequence.score(logits[offset], token)
-        if done + len(chunk) < len(prompt):
-            return
+        if done < len(prompt):
+            return False
         self.rows.start_decoding(sequence)
         if sequence.request.max_tokens:
             self._advance(sequence, logits[-1])
         else:
             sequence.finish("length")
             self.rows.release(sequence)
+        return True
 
     def _begin_prefill(self, sequence: SequenceState) -> None:
         sequence.prefill_begun = True
@@ -203,11 +220,11 @@ class Scheduler:
         """One token for every running sequence."""
         sequences = list(self.rows.decoding)
         began = time.monotonic()
-        logits = self._model.decode([sequence.output[-1] for sequence in sequences])
-        self._pace.decoded(time.monotonic() - began)
+        logits = self._model.decode([sequence.output[-1] for sequence in sequences], self.rows.first)
+        self._pace.decoded(time.monotonic() - began, len(sequences), bool(self.rows.prefilling))
         self.counters.steps += 1
-        for sequence, row in zip(sequences, logits, strict=True):
-            self._advance(sequence, row)
+        for sequence, row in reversed(list(zip(sequences, logits, strict=True))):
+            self._advance(sequence, row)  # from the last on: where several leave at once, none need move up
 
     def _advance(self, sequence: SequenceState, logits: Logits) -> None:
         """Choose a sequence's next token; one that can't go on leaves, the others don't notice."""

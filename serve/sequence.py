@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from serve.errors import ApiError
+from serve.model import Chunk
 from serve.sampling import Logits, Sampler, SamplingParams, TokenLogprob, logprob_of
 from serve.stops import StopMatcher
 from serve.tokenizer import Tokenizer
@@ -86,6 +87,7 @@ class SequenceState:
         self.cancelled = False
         self.cached_tokens = 0
         self.prefill_begun = False
+        self.chunk: Chunk | None = None  # of the prompt, on its way through the model
         self.output: list[int] = []
         self.prompt_logprobs: list[TokenLogprob | None] = [None]
         self.finished = False

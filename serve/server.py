@@ -15,6 +15,7 @@ from fastapi import FastAPI
 
 from compressor.errors import InputError
 from serve.app import create_app
+from serve.model import share_resources
 from serve.service import Service
 from serve.settings import Settings
 
@@ -28,7 +29,8 @@ def run(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT. Raises ``CompressorError`` for what keeps it from starting."""
     logging.basicConfig(level=logging.INFO, format=LOG_FORMAT, stream=sys.stderr)
     listener = _listen(settings.host, settings.port)
-    service = Service(settings)
+    share_resources(settings.threads)
+    service = Service(settings, shared=True)
     app = create_app(settings, service)
     app.router.lifespan_context = _lifespan(service)
     gc.collect()

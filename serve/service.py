@@ -13,7 +13,7 @@ from serve.kvcache import KeyValueCache
 from serve.mailbox import Mailbox
 from serve.memory import plan_cache
 from serve.metrics import Metrics
-from serve.model import Model, cache_shape, open_session
+from serve.model import LAYERS_EACH, Model, open_engine
 from serve.package import ServedPackage, open_package
 from serve.sampling import TokenLogprob
 from serve.scheduler import Scheduler
@@ -43,15 +43,16 @@ class Completion:
 class Service:
     """A loaded package. ``open`` it, ``close`` it at the end."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, shared: bool = False) -> None:
+        """``shared`` after ``model.share_resources``."""
         self.settings = settings
         self.package: ServedPackage = open_package(settings.package)
         self.name = settings.model_name or self.package.manifest.name
         self.created = int(time.time())
         self.tokenizer = self.package.tokenizer
         self.grammars = Grammars(self.tokenizer, self.package.eos_tokens)
-        session = open_session(self.package.graph, settings.threads)
-        shape = cache_shape(session, self.package.kv_heads, self.package.head_dim, 1)
+        engine = open_engine(self.package.graph, settings.threads, LAYERS_EACH, shared)
+        shape = engine.cache_shape(self.package.kv_heads, self.package.head_dim, 1)
         self.context, self.budget_tokens = plan_cache(
             shape.bytes_per_token,
             self.package.manifest.context_length,
@@ -59,9 +60,8 @@ class Service:
             settings.max_context,
             settings.cache_gib,
         )
-        shape = cache_shape(session, self.package.kv_heads, self.package.head_dim, self.context)
-        self.model = Model(session, KeyValueCache(shape, settings.max_concurrency))
-        self.model.warm_up()
+        shape = engine.cache_shape(self.package.kv_heads, self.package.head_dim, self.context)
+        self.model = Model(engine, KeyValueCache(shape, settings.max_concurrency))
         self._mailbox = Mailbox()
         self.scheduler = Scheduler(self.model, self.budget_tokens, settings.queue_size, self._mailbox.send)
         self.metrics = Metrics(self.scheduler)

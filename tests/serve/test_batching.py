@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from serve.kvcache import CacheShape, KeyValueCache
-from serve.model import Model, cache_shape, open_session
+from serve.model import Model, open_engine
 from serve.package import ServedPackage, open_package
 from serve.rows import Rows
 from serve.sampling import SamplingParams
@@ -29,9 +29,9 @@ def package(tiny_package: Path) -> ServedPackage:
 
 
 def make_model(package: ServedPackage, rows: int) -> Model:
-    session = open_session(package.graph, threads=1)
-    shape = cache_shape(session, package.kv_heads, package.head_dim, CONTEXT)
-    return Model(session, KeyValueCache(shape, rows))
+    engine = open_engine(package.graph, threads=1)
+    shape = engine.cache_shape(package.kv_heads, package.head_dim, CONTEXT)
+    return Model(engine, KeyValueCache(shape, rows))
 
 
 def run_all(package: ServedPackage, rows: int, requests: list[GenerationRequest]) -> list[SequenceState]:
@@ -214,7 +214,27 @@ def test_rows_keep_their_contents_through_any_coming_and_going(package):
             del contents[leaving]
         for each, tokens in contents.items():
             assert holds(rows.cache, rows.row_of(each), tokens)
-        assert [rows.row_of(s) for s in rows.sequences] == list(range(rows.active))
+        assert [rows.row_of(s) - rows.first for s in rows.sequences] == list(range(rows.active))
+
+
+def test_idle_contents_stay_in_place_while_active_rows_grow_around_them(package):
+    rows = Rows(tiny_cache(rows=4), budget_tokens=4 * 64)
+    kept = sequence([1] * 40, package)
+    rows.admit(kept)
+    fill(rows.cache, 0, [1] * 40)
+    rows.release(kept)
+    others = [sequence([number] * 20, package) for number in (2, 3, 4)]
+    for other in others:
+        rows.admit(other)
+        fill(rows.cache, rows.row_of(other), list(other.request.prompt))
+        rows.start_decoding(other)
+    assert rows.first == 1
+    assert holds(rows.cache, 0, [1] * 40)
+    last = sequence([5] * 20, package)
+    rows.admit(last)
+    assert rows.first == 0
+    assert rows.prefilling == [last]
+    assert all(holds(rows.cache, rows.row_of(other), list(other.request.prompt)) for other in others)
 
 
 def test_admission_counts_what_sequences_may_come_to_need(package):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from serve.kvcache import KeyValueCache
-from serve.model import Model, cache_shape, open_session
+from serve.model import Model, open_engine
 from serve.package import open_package
 from serve.sampling import logprob_of
 
@@ -39,9 +39,9 @@ def test_local_completions_gives_the_graphs_log_likelihoods(server, tiny_package
 
 def _log_likelihood(package_folder, context: str, continuation: str) -> tuple[float, bool]:
     package = open_package(package_folder)
-    session = open_session(package.graph, threads=1)
-    shape = cache_shape(session, package.kv_heads, package.head_dim, 256)
-    model = Model(session, KeyValueCache(shape, 1))
+    engine = open_engine(package.graph, threads=1)
+    shape = engine.cache_shape(package.kv_heads, package.head_dim, 256)
+    model = Model(engine, KeyValueCache(shape, 1))
     whole = package.tokenizer.encode(context + continuation)
     start = len(package.tokenizer.encode(context))
     logits = model.score(0, whole[:-1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 
 import pytest
@@ -12,51 +13,62 @@ from serve.pace import CHUNK_TOKENS, MIN_TOKENS, Pace
 from serve.sequence import Piece
 
 STEP = 0.008
+PARTS = 10
 
 
-def read_prompt(pace: Pace, tokens: int, fixed: float, each: float, attention: float) -> list[float]:
-    """Times of the chunks that a prompt is read in while one stream decodes."""
-    done, times = 0, []
+def read_prompt(
+    pace: Pace, tokens: int, fixed: float, each: float, attention: float, slower: float = 1.0
+) -> list[float]:
+    """Gaps between a stream's tokens while a prompt is read, a part a turn; steps become ``slower``."""
+    pace.decoded(STEP, 1, False)
+    done, gaps = 0, []
     while done < tokens:
-        pace.decoded(STEP)
         size = min(pace.chunk(1, 1), tokens - done)
-        times.append(fixed + size * (each + attention * done))
-        pace.read(size, times[-1], 1, 1)
+        for _ in range(PARTS):
+            pace.decoded(STEP * slower, 1, True)
+            seconds = fixed + size * (each + attention * done)
+            gaps.append(STEP * slower + seconds)
+            pace.read(size, seconds, 1, 1)
         done += size
-    return times
+    return gaps
 
 
-@pytest.mark.parametrize("attention", [0.0, 4e-7])
-def test_a_stream_beside_a_long_prompt_keeps_within_thrice_its_step(attention):
-    times = sorted(read_prompt(Pace(), 4000, fixed=0.004, each=0.0005, attention=attention))
-    assert STEP + times[int(0.99 * (len(times) - 1))] < 3 * STEP
-    assert times[len(times) // 2] > 0.8 * STEP
+@pytest.mark.parametrize("attention", [0.0, 4e-8])
+@pytest.mark.parametrize("slower", [1.0, 1.5])
+def test_a_stream_beside_a_long_prompt_keeps_within_thrice_its_step(attention, slower):
+    gaps = read_prompt(Pace(), 4000, fixed=0.0004, each=0.00005, attention=attention, slower=slower)
+    assert sorted(gaps)[int(0.99 * (len(gaps) - 1))] < 3 * STEP
+    assert sorted(gaps)[len(gaps) // 2] > 1.5 * STEP
 
 
 def test_chunks_grow_where_the_machine_is_fast_and_stay_whole_where_nobody_waits():
     fast = Pace()
     read_prompt(fast, 8000, fixed=0.0001, each=0.00002, attention=0.0)
-    assert fast.chunk(1, 1) > 300
+    assert fast.chunk(1, 1) > 200
     assert Pace().chunk(0, 3) == CHUNK_TOKENS
+    assert Pace().allowed_seconds(0, 3) == math.inf
 
 
 def test_a_hopeless_machine_still_reads():
     slow = Pace()
     for _ in range(50):
-        slow.decoded(STEP)
+        slow.decoded(STEP, 1, False)
         slow.read(slow.chunk(1, 1), 1.0, 1, 1)
     assert slow.chunk(1, 1) == MIN_TOKENS
+    slow.decoded(100 * STEP, 1, True)
+    assert slow.allowed_seconds(1, 1) > 0
 
 
 def test_prompts_get_more_time_where_more_wait_for_them():
     pace = Pace()
-    pace.decoded(STEP)
+    pace.decoded(STEP, 1, False)
     assert pace.chunk(1, 7) == 7 * pace.chunk(1, 1) == 7 * pace.chunk(4, 2)
+    assert pace.allowed_seconds(1, 7) == pytest.approx(7 * pace.allowed_seconds(1, 1))
 
 
 def test_the_short_rest_of_a_prompt_says_nothing_about_whole_chunks():
     pace = Pace()
-    pace.decoded(STEP)
+    pace.decoded(STEP, 1, False)
     before = pace.chunk(1, 1)
     pace.read(1, 0.001, 1, 1)
     assert pace.chunk(1, 1) == before
