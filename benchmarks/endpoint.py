@@ -123,7 +123,7 @@ def _record(figures: Figures, times: list[float], tokens: int) -> None:
 
 
 def _bare_engine(package: Path, threads: int) -> Model:
-    """The engine without a server: the same session, bound in the same way."""
+    """The engine without a server: the whole graph in one session, bound in the same way."""
     opened = open_package(package)
     engine = open_engine(opened.graph, threads)
     shape = engine.cache_shape(opened.kv_heads, opened.head_dim, CONTEXT)

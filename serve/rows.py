@@ -1,4 +1,4 @@
-"""Which cache row a sequence gets: admission against the memory budget, prefix reuse, compaction.
+"""Which cache row a sequence gets: admission against the memory budget, prefix reuse, neighbourhood.
 
 The active rows lie side by side, those that decode before those being prefilled, and may begin at any
 row; the others are idle and keep what they hold, for the next prompt that begins alike. The active rows
