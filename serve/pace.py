@@ -13,6 +13,7 @@ import math
 CHUNK_TOKENS = 512  # when nothing else runs
 FIRST_TOKENS = 8
 MIN_TOKENS = 2  # a lone token is rounded differently, see rows.py
+ROWS_AT_A_TIME = 16  # of attention, or a multiple that depends on heads; one over is rounded as if alone
 GAP = 1.7  # times its usual step may a stream wait for its next token
 LEAST = 0.15  # of a step's time goes to reading at least, where steps have become slow themselves
 SMOOTHING = 0.2
@@ -61,6 +62,17 @@ class Pace:
             return  # the rest of a prompt was short: that says nothing about a whole chunk
         size = tokens / share * min(max(factor, 1 / GROWTH), GROWTH)
         self._size = min(max(size, MIN_TOKENS), CHUNK_TOKENS)
+
+
+def steady_size(size: int, left: int) -> int:
+    """Near ``size``, how many of a prompt's ``left`` tokens to read so that no token's rounding depends on
+    how the prompt is split: none is left alone, at its chunk's end or in the chunk that follows."""
+    size = min(size, left)
+    if size > 1 and left - size == 1:
+        size += 1
+    if size > 1 and size % ROWS_AT_A_TIME == 1:
+        size -= 2 if size == left else 1
+    return size
 
 
 def _smoothed(old: float, new: float) -> float:

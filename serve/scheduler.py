@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from serve.errors import ApiError
 from serve.model import Chunk, Model
-from serve.pace import Pace
+from serve.pace import Pace, steady_size
 from serve.rows import Rows
 from serve.sampling import Logits
 from serve.sequence import SequenceState
@@ -180,9 +180,7 @@ class Scheduler:
     def _next_chunk(self, sequence: SequenceState) -> Chunk:
         prompt = sequence.request.prompt
         done = len(self._model.cache.rows[self.rows.row_of(sequence)].tokens)
-        size = self._chunk_tokens(sequence)
-        if len(prompt) - done == size + 1 > 2:  # a lone token is rounded differently, see rows.py
-            size += 1
+        size = steady_size(self._chunk_tokens(sequence), len(prompt) - done)
         return Chunk(prompt[done : done + size], every=sequence.request.score_prompt)
 
     def _end_chunk(self, sequence: SequenceState, chunk: Chunk, logits: Logits) -> bool:

@@ -11,6 +11,7 @@ import pytest
 
 from serve.kvcache import CacheShape, KeyValueCache
 from serve.model import Model, open_engine
+from serve.pace import steady_size
 from serve.package import ServedPackage, open_package
 from serve.rows import Rows
 from serve.sampling import SamplingParams
@@ -88,7 +89,8 @@ def gap_at_first_difference(package: ServedPackage, prompt, alone: list[int], to
     """The distance of the two leading logits where two continuations part."""
     parting = next(i for i, (a, b) in enumerate(zip(alone, together, strict=False)) if a != b)
     model = make_model(package, 1)
-    logits = model.prefill(0, prompt)[-1]
+    while left := len(prompt) - len(model.cache.rows[0].tokens):
+        logits = model.prefill(0, prompt[-left:][: steady_size(len(prompt), left)])[-1]
     for token in alone[:parting]:
         logits = model.decode([token])[0]
     second, first = np.sort(logits)[-2:]
@@ -111,7 +113,8 @@ def test_decoding_agrees_with_reading_the_whole_text_at_once(package):
 
 def test_any_split_of_a_prompt_gives_the_same_logits_to_the_last_bit(package):
     model = make_model(package, 1)
-    ids = [random.Random(1).randrange(500) for _ in range(48)]
+    chance = random.Random(1)
+    ids = [chance.randrange(500) for _ in range(48)]
     results = []
     for size in (48, 24, 7, 2):
         model.cache.drop(0)
@@ -119,6 +122,21 @@ def test_any_split_of_a_prompt_gives_the_same_logits_to_the_last_bit(package):
             end = 48 if 48 - start - size == 1 else start + size
             if start < 48 and len(model.cache.rows[0].tokens) < 48:
                 logits = model.prefill(0, ids[len(model.cache.rows[0].tokens) : end])[-1]
+        results.append(logits)
+    for other in results[1:]:
+        np.testing.assert_array_equal(results[0], other)
+
+
+@pytest.mark.parametrize("length", [2, 33, 65, 129, 257, 258, 300])
+def test_what_is_read_beside_streams_is_what_is_read_alone(package, length):
+    model = make_model(package, 1)
+    chance = random.Random(2)
+    ids = [chance.randrange(500) for _ in range(length)]
+    results = []
+    for size in (512, 64, 31, 2):
+        model.cache.drop(0)
+        while left := length - len(model.cache.rows[0].tokens):
+            logits = model.prefill(0, ids[-left:][: steady_size(size, left)])[-1]
         results.append(logits)
     for other in results[1:]:
         np.testing.assert_array_equal(results[0], other)

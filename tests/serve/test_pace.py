@@ -9,7 +9,7 @@ import threading
 import pytest
 
 from serve.mailbox import Mailbox
-from serve.pace import CHUNK_TOKENS, MIN_TOKENS, Pace
+from serve.pace import CHUNK_TOKENS, MIN_TOKENS, ROWS_AT_A_TIME, Pace, steady_size
 from serve.sequence import Piece
 
 STEP = 0.008
@@ -93,3 +93,14 @@ def test_events_wait_for_the_end_of_the_turn_and_keep_their_order():
         return [(index, event.text) for index, event in events]
 
     assert asyncio.run(main()) == [(0, "a"), (1, "a"), (0, "b"), (1, "b"), (0, "c"), (1, "c")]
+
+
+@pytest.mark.parametrize("size", [2, 3, 64, 127, 128, 129, 256, 257, 511, 512])
+def test_no_chunk_leaves_a_token_to_be_rounded_alone(size):
+    for prompt in range(2, 1200):
+        left = prompt
+        while left:
+            taken = steady_size(size, left)
+            assert 0 < taken <= min(left, size + 1) and taken % ROWS_AT_A_TIME != 1, (prompt, left)
+            left -= taken
+    assert steady_size(size, 1) == 1
