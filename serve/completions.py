@@ -171,6 +171,7 @@ def _requests(
             stops=stop_strings(body),
             top_logprobs=body.logprobs,
             score_prompt=bool(body.echo) and body.logprobs is not None,
+            score_end=True,
             deadline=deadline,
         )
         requests.extend(repeat(request, body.n or 1))

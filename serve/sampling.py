@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 Logits = npt.NDArray[np.float32]
+GREEDY_BELOW = 1e-5  # a temperature: there only equal logits share the choice, and dividing by it overflows
 _RARE = 1e-3  # of the likeliest token's weight: below it lies little but in flat distributions
 
 
@@ -49,7 +50,7 @@ class Sampler:
     def choose(self, logits: Logits, forbidden: npt.NDArray[np.bool_] | None = None) -> int:
         """The next token from ``logits`` [vocabulary]; never one that ``forbidden`` marks."""
         adjusted = self._adjust(logits, forbidden)
-        token = self._sample(adjusted) if self._params.temperature else int(adjusted.argmax())
+        token = self._sample(adjusted) if self._params.temperature >= GREEDY_BELOW else int(adjusted.argmax())
         if self._params.frequency_penalty or self._params.presence_penalty:
             self._counts[token] += 1
         return token

@@ -38,6 +38,7 @@ class GenerationRequest:
     stops: Sequence[str] = ()
     top_logprobs: int | None = None
     score_prompt: bool = False
+    score_end: bool = False  # whether a token that ends the text is among those with log-probabilities
     deadline: float = float("inf")
 
 
@@ -112,6 +113,8 @@ class SequenceState:
         self.times.first_token = self.times.first_token or self.times.last_token
         self.output.append(token)
         if token in self.request.eos_tokens:
+            if self.request.score_end:
+                self._record(token, logits)
             self.finish("stop")
             return None
         if self._constraint:
@@ -147,10 +150,13 @@ class SequenceState:
     def _show(self, token: int, logits: Logits) -> None:
         piece = self._stream.add(token)
         self._text_length += len(piece)
+        self._record(token, logits)
+        self._emit(self._stops.add(piece) if piece else "")
+
+    def _record(self, token: int, logits: Logits) -> None:
         if self.request.top_logprobs is not None:
             entry = logprob_of(logits, token, self.request.top_logprobs)
             self._waiting.append((self._text_length, entry))
-        self._emit(self._stops.add(piece) if piece else "")
 
     def _emit(self, text: str, last: bool = False) -> None:
         """Hand over text with the tokens that end in it."""

@@ -7,6 +7,7 @@ import json
 import openai
 import pytest
 
+from serve.package import open_package
 from tests.serve.conftest import MODEL_NAME
 
 QUESTION = [{"role": "user", "content": "def make_tiny_model"}]
@@ -126,6 +127,18 @@ def test_echo_scores_the_prompt(client):
     assert all(value < 0 for value in scores.token_logprobs[1:])
     head = complete(client, prompt=prompt[:3], logprobs=2, max_tokens=1, logit_bias={"43": 100})
     assert scores.token_logprobs[3] == pytest.approx(head.choices[0].logprobs.token_logprobs[0], abs=0.3)
+
+
+def test_the_token_that_ends_a_text_is_scored_too(client, tiny_package):
+    """lm-eval's client takes the last token for a generated one."""
+    (end,) = open_package(tiny_package).eos_tokens
+    scored = {"prompt": [40, 41, 42], "logprobs": 1, "max_tokens": 4, "logit_bias": {str(end): 100}}
+    (choice,) = complete(client, **scored, echo=True).choices
+    assert choice.finish_reason == "stop"
+    assert choice.logprobs.tokens[3:] == ["<|im_end|>"]
+    assert len(choice.logprobs.token_logprobs) == 4
+    (choice,) = complete(client, **scored).choices
+    assert (choice.text, choice.logprobs.tokens) == ("", ["<|im_end|>"])
 
 
 def test_json_object_and_schema_are_obeyed(client):

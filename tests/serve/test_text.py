@@ -92,6 +92,12 @@ def test_samples_follow_the_distribution(params, expected):
     np.testing.assert_allclose(frequencies(params), expected, atol=0.025)
 
 
+@pytest.mark.parametrize("temperature", [5e-324, 1e-40, 1e-6])
+def test_a_temperature_close_to_0_is_greedy(temperature):
+    sampler = Sampler(SamplingParams(temperature=temperature, top_p=5e-324))
+    assert sampler.choose(np.array([-3.0, 2.0, 1.9], np.float32)) == 1
+
+
 def test_nucleus_of_a_flat_distribution_is_wide():
     flat = np.zeros(5000, np.float32)
     sampler = Sampler(SamplingParams(seed=1, top_p=0.9))
