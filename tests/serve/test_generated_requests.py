@@ -20,7 +20,7 @@ def test_no_500_in_five_thousand_generated_requests(tiny_package, start_server, 
     command = [str(Path(sys.executable).with_name("schemathesis")), "run", f"{server.url}/openapi.json"]
     command += ["--checks", "not_a_server_error", "--phases", "examples,coverage,fuzzing"]
     command += ["--max-examples", str(AN_OPERATION), "--seed", "8", "--no-shrink", "--continue-on-failure"]
-    command += ["--workers", "2", "--suppress-health-check", "all", "--warnings", "off", "--no-color"]
+    command += ["--suppress-health-check", "all", "--warnings", "off", "--no-color"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     replies = statuses(server.url)
     print(f"{sum(replies.values()):.0f} requests by status: {replies}")
