@@ -96,6 +96,19 @@ class Profile(_Table):
             )
         return self
 
+    @model_validator(mode="after")
+    def _one_number_of_bits_in_int4(self) -> Profile:
+        if (
+            self.numerics == "int4"
+            and not set(self.space.bits) <= {4}
+            and "bits" in self.space.model_fields_set
+        ):
+            raise ValueError(
+                f'numerics = "int4" has every layer in 4 bits, space.bits asks for {self.space.bits}: '
+                'leave space.bits out, or set numerics = "int8"'
+            )
+        return self
+
     def with_overrides(self, **budgets: float | None) -> Profile:
         """The profile with single budgets replaced (``memory_gib``, ``ttft_ms``, ``tpot_ms``).
 

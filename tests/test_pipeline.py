@@ -282,3 +282,33 @@ def test_a_whole_model_is_exported_without_a_run(tiny_model_folder: Path, tmp_pa
     out = tmp_path / "whole.gguf"
     done = compress("export", str(tiny_model_folder), "--format", "gguf", "--out", str(out))
     assert done.returncode == 0 and out.read_bytes()[:4] == b"GGUF"
+
+
+@pytest.mark.parametrize(
+    ("changes", "bits"),
+    [
+        ({'name = "tiny-cpu"': 'name = "tiny-int4"\nnumerics = "int4"'}, {4}),
+        ({"[space]": "[space]\nbits = [8, 4]"}, {4, 8}),
+    ],
+    ids=["int4", "mixed"],
+)
+def test_layers_of_four_bits_are_searched_scored_and_packaged(tiny_model_folder, tmp_path, changes, bits):
+    text = PROFILE
+    for old, new in changes.items():
+        text = text.replace(old, new)
+    (tmp_path / "tiny.toml").write_text(text)
+    result = subprocess.run(
+        command(tmp_path, tiny_model_folder, "run", 8), capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr
+    run = tmp_path / "run"
+    rows = [
+        row for row in ledger_rows(run) if row.key.task.startswith("agreement:search") and not row.key.engine
+    ]
+    assert {b for row in rows for b in row.subnet.bits} == bits
+    numerics = "int4" if bits == {4} else "int8"
+    assert {row.key.numerics for row in rows} == {numerics}
+    manifest = read_manifest(run / "package")
+    assert manifest.numerics == numerics
+    best = max(rows, key=lambda row: row.metrics["accuracy"])
+    assert best.metrics["accuracy"] < 1  # rounding shows

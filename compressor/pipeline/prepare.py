@@ -17,7 +17,7 @@ from compressor.events import StageProgress
 from compressor.models import LoadedModel
 from compressor.pipeline.accuracy import mixed_rows
 from compressor.pipeline.context import Context, Result, run_stage
-from compressor.pipeline.plan import Plan
+from compressor.pipeline.plan import Plan, outer_bits
 from compressor.profile import Profile
 from compressor.runfolder import replace_folder
 from compressor.space import SearchSpace, parameter_count
@@ -199,11 +199,12 @@ def _examples(context: Context, loaded: LoadedModel) -> Examples:
 
 
 def _export_stage(context: Context, info: SupernetInfo, space: SearchSpace) -> None:
-    inputs = {"supernet": info.weights_hash, "bits": list(space.bits), "widths": list(space.widths)}
+    bits = tuple(sorted({*space.bits, outer_bits(context.request.profile)}))
+    inputs = {"supernet": info.weights_hash, "bits": list(bits), "widths": list(space.widths)}
 
     def work() -> Result:
         shutil.rmtree(context.folder.engine, ignore_errors=True)
-        made = export(context.folder.supernet, supernet_export(context), space.bits, context.listener)
+        made = export(context.folder.supernet, supernet_export(context), bits, context.listener)
         made.prepare(space.widths)
         export(context.folder.base, base_export(context), BASE_BITS, context.listener)
         return {}

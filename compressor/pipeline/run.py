@@ -11,13 +11,14 @@ from pathlib import Path
 
 import torch
 from pydantic import TypeAdapter, ValidationError
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from compressor import device
 from compressor.cluster import Cluster, joined
 from compressor.engines import verify_package
 from compressor.engines.host import require_free_memory
 from compressor.engines.onnxruntime import OnnxCandidate, OnnxRuntimeEngine
+from compressor.engines.rounding import RoundedWeights
 from compressor.errors import InputError, RunConflictError, UnfitMachineError
 from compressor.evaluation.agreement import AgreementText
 from compressor.evaluation.racing import Raced
@@ -29,7 +30,7 @@ from compressor.pipeline.accuracy import AccuracyTask, check_tasks, make_accurac
 from compressor.pipeline.candidates import Evaluator, Terms, known_outcomes
 from compressor.pipeline.context import Context, Result, logged, run_stage
 from compressor.pipeline.deliver import package
-from compressor.pipeline.plan import Plan, make_plan
+from compressor.pipeline.plan import Plan, make_plan, outer_bits
 from compressor.pipeline.prepare import base_export, compute_dtype, load_base, prepare, supernet_export
 from compressor.pipeline.racing import rivals
 from compressor.pipeline.references import ReferenceSet
@@ -43,7 +44,7 @@ from compressor.request import RunRequest, stored_request
 from compressor.runfolder import RunFolder, write_json
 from compressor.search.front import pareto_front
 from compressor.search.problem import Outcome, Problem
-from compressor.space import SearchSpace, SubNetwork
+from compressor.space import Numerics, SearchSpace, SubNetwork
 from compressor.supernet.elastic import Elastic
 from compressor.supernet.folder import SupernetInfo, load_supernet, read_info
 
@@ -59,9 +60,22 @@ class Workshop:
         self.text = AgreementText.load(context.folder.text)
 
     @cached_property
-    def supernet(self) -> Elastic:
+    def _scored(self) -> tuple[Elastic, RoundedWeights | None]:
+        """What sub-networks are scored with: their weights as they are, or rounded where that sets them
+        apart, as 4 bits do and 8 don't."""
         model, _, _ = load_supernet(self.context.folder.supernet, compute_dtype(self.context))
-        return Elastic(model)
+        outer = outer_bits(self.context.request.profile)
+        return Elastic(model), RoundedWeights(model, self.space.bits, outer) if self._rounds else None
+
+    @property
+    def _rounds(self) -> bool:
+        return self.space.bits != (8,)
+
+    @property
+    def _score_numerics(self) -> Numerics:
+        if self._rounds:
+            return self.context.request.profile.numerics
+        return "fp32" if compute_dtype(self.context) == torch.float32 else "bf16"
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -83,7 +97,7 @@ class Workshop:
             shape=self.plan.shape,
             weights=self.info.weights_hash,
             task_key=self.task.key("search"),
-            score_numerics="fp32" if compute_dtype(self.context) == torch.float32 else "bf16",
+            score_numerics=self._score_numerics,
             numerics=profile.numerics,
             device=self.context.device_label,
             engine=profile.engine,
@@ -104,16 +118,25 @@ class Workshop:
     def references(self) -> ReferenceSet:
         seconds = FINAL_SECONDS_FACTOR * self.context.request.effort.bench_seconds
         base = str(self.context.folder.result("base")["weights"])
-        return ReferenceSet(self.context, self.task, self.space.full, base, seconds)
+        whole = SubNetwork(self.space.full.layers, self.space.full.widths)
+        return ReferenceSet(self.context, self.task, whole, base, seconds)
 
     def _score(self, subnet: SubNetwork) -> Score:
-        with self.supernet.activated(subnet) as model:
+        with self._activated(subnet) as model:
             return self.task.score_model(model, "search")
 
     def _race(self, subnet: SubNetwork) -> Raced:
         against = rivals(self.context.ledger, self.terms, self.problem, subnet)
-        with self.supernet.activated(subnet) as model:
+        with self._activated(subnet) as model:
             return self.task.race_model(model, against, "search")
+
+    @contextmanager
+    def _activated(self, subnet: SubNetwork) -> Iterator[PreTrainedModel]:
+        elastic, rounded = self._scored
+        if rounded is not None:
+            rounded.choose(subnet)
+        with elastic.activated(subnet) as model:
+            yield model
 
     def _bench(self, subnet: SubNetwork) -> Measurement:
         """Measured here or on the cluster's node. Where other load disturbs it here, again in turns with
