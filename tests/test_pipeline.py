@@ -16,11 +16,13 @@ import pytest
 from safetensors.torch import load_file
 
 from compressor.engines.onnx_exact import TARGET_NATS
+from compressor.engines.vllm_score import vllm_python
 from compressor.ledger import Ledger, Row
 from compressor.manifest import read_manifest
 from compressor.pipeline import proof
 from compressor.pipeline.run import package_pick
 from compressor.space import SubNetwork
+from tests.conftest import make_tiny_model
 
 PROFILE = """
 name = "tiny-cpu"
@@ -282,6 +284,22 @@ def test_a_whole_model_is_exported_without_a_run(tiny_model_folder: Path, tmp_pa
     out = tmp_path / "whole.gguf"
     done = compress("export", str(tiny_model_folder), "--format", "gguf", "--out", str(out))
     assert done.returncode == 0 and out.read_bytes()[:4] == b"GGUF"
+
+
+@pytest.mark.slow
+def test_a_package_for_vllm_is_scored_in_vllm(home: Path, tmp_path: Path) -> None:
+    if vllm_python() is None:
+        pytest.skip("vLLM is not installed: make setup-vllm")
+    model = make_tiny_model(tmp_path / "model", head_dim=32, initializer_range=0.15)
+    subprocess.run(command(home, model, "wide", 6), check=True, timeout=300)
+    run = home / "wide"
+    done = compress("package", str(run), "--engine", "vllm", "--pick", "best")
+    assert done.returncode == 0, done.stderr
+    (accuracy,) = read_manifest(run / "package-best-vllm").accuracy
+    (onnx,) = read_manifest(run / "package").accuracy
+    assert (accuracy.task, accuracy.items) == (onnx.task, onnx.items)
+    assert 0 < accuracy.value < 1 and accuracy.low <= accuracy.value <= accuracy.high
+    assert f"| {accuracy.value:.3f} |" in (run / "package-best-vllm" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -100,6 +101,20 @@ class VllmEngine:
         peak = _cuda_peak() or candidate.resident_bytes + max(0, peak_bytes() - before)
         return summarise(timings, workload, peak_memory_bytes=peak, conditions=conditions)
 
+    @property
+    def context_length(self) -> int:
+        return int(self._config["max_position_embeddings"])
+
+    def read(self, candidate: VllmCandidate, texts: Sequence[Sequence[int]]) -> list[Any]:
+        """vLLM's outputs for texts of token ids: log-probabilities along each, and one token after it."""
+        from vllm import SamplingParams
+
+        sampling = SamplingParams(
+            temperature=0, max_tokens=1, ignore_eos=True, prompt_logprobs=1, detokenize=False
+        )
+        prompts = [{"prompt_token_ids": list(text)} for text in texts]
+        return list(candidate.llm.generate(prompts, sampling, use_tqdm=False))
+
     def _load(
         self,
         subnet: SubNetwork,
@@ -109,11 +124,10 @@ class VllmEngine:
         **options: Any,
     ) -> VllmCandidate:
         length = workload.prompt_tokens + workload.output_tokens
-        context = int(self._config["max_position_embeddings"])
-        if length > context:
+        if length > self.context_length:
             raise InputError(
-                f"the workload needs {length} tokens of context, the model has {context}: shorten the "
-                "profile's prompt or output"
+                f"the workload needs {length} tokens of context, the model has {self.context_length}: "
+                "shorten the profile's prompt or output"
             )
         llm_class = _vllm(self.threads)
         before = resident_bytes()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,7 +28,7 @@ from compressor.engines.vllm_weights import (
 )
 from compressor.engines.whole import whole_folder
 from compressor.errors import InputError
-from compressor.manifest import Architecture, Manifest, record_files, write_manifest
+from compressor.manifest import Accuracy, Architecture, Manifest, record_files, write_manifest
 from compressor.space import SubNetwork
 
 ELASTIC = {
@@ -64,20 +64,22 @@ def write_package(
     *,
     numerics: str = "int8",
     portable: bool = False,
+    score: Callable[[Path], list[Accuracy]] | None = None,
 ) -> Manifest:
     """Write the package of a sub-network of the super-network in folder ``supernet``.
 
     ``fields`` go to the manifest (``name`` and ``base_model`` at least). ``numerics`` is ``int8``,
     ``bf16`` or ``fp32``. ``portable`` zero-pads every MLP to the widest one, so that vLLM serves the
     package without our plugin, at more bytes and less speed. ``folder`` must not exist; it is whole or
-    absent, and what is on the disk has been compared with what was meant.
+    absent, and what is on the disk has been compared with what was meant. ``score`` gives the accuracy of
+    what lies in a folder, for the manifest and the model card.
 
     Raises ``InputError`` for numerics vLLM cannot serve or a damaged super-network, and
     ``PackageError`` if the package cannot be written.
     """
     _check_numerics(subnet, numerics)
     with whole_folder(folder) as scratch:
-        return _fill(supernet, subnet, scratch, fields, cast(VllmNumerics, numerics), portable)
+        return _fill(supernet, subnet, scratch, fields, cast(VllmNumerics, numerics), portable, score)
 
 
 def package_config(
@@ -149,6 +151,7 @@ def _fill(
     fields: Mapping[str, Any],
     numerics: VllmNumerics,
     portable: bool,
+    score: Callable[[Path], list[Accuracy]] | None,
 ) -> Manifest:
     base = read_config(supernet)
     config = package_config(base, subnet, numerics, portable)
@@ -178,6 +181,7 @@ def _fill(
             "architecture": Architecture(**subnet.to_dict()),
             "parameters": sum(entry.elements for entry in unpadded),
             "weight_bytes": sum(entry.nbytes for entry in entries),
+            "accuracy": score(folder) if score else [],
         }
     )
     write_model_card(folder, manifest)

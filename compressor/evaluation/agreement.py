@@ -62,7 +62,7 @@ class AgreementText:
                 f"agreement needs at least 4 sequences of more than {skip} tokens, got shape {rows.shape}: "
                 "sample more text"
             )
-        top = _in_batches(predict, rows)
+        top = predict(rows)
         return cls(rows, top[:, skip:].astype(np.int32), skip, seed)
 
     def score(self, predict: Predict, split: Split, limit: int | None = None) -> Score:
@@ -114,7 +114,7 @@ class AgreementText:
 
     def _shares(self, predict: Predict, rows: NDArray[np.intp]) -> NDArray[np.float64]:
         """Share of each row's scored positions where ``predict`` chooses the reference token."""
-        top = _in_batches(predict, self.ids[rows])
+        top = predict(self.ids[rows])
         shares: NDArray[np.float64] = (top[:, self.skip :] == self.reference[rows]).mean(axis=1)
         return shares
 
@@ -156,6 +156,10 @@ def torch_predict(model: PreTrainedModel) -> Predict:
     from compressor.evaluation.schedule import schedule
 
     def predict(ids: Tokens) -> NDArray[np.integer]:
+        step = max(1, _BATCH_TOKENS // ids.shape[1])
+        return np.concatenate([batch(ids[i : i + step]) for i in range(0, len(ids), step)])
+
+    def batch(ids: Tokens) -> NDArray[np.integer]:
         with torch.inference_mode():
             packed = PackedModel(model)
             steps = schedule(pack_rows(ids), packed.device, packed.dtype)
@@ -174,8 +178,3 @@ def logits_predict(logits: Callable[[Tokens], NDArray[np.float32]]) -> Predict:
         return np.stack([logits(row).argmax(-1) for row in ids])
 
     return predict
-
-
-def _in_batches(predict: Predict, ids: Tokens) -> NDArray[np.integer]:
-    step = max(1, _BATCH_TOKENS // ids.shape[1])
-    return np.concatenate([predict(ids[i : i + step]) for i in range(0, len(ids), step)])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,9 @@ from compressor.evaluation.tasks import LoadedTask, check_names, load_tasks
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from compressor.evaluation.scorer import Likelihoods, Logits, Plan
+    from compressor.evaluation.scorer import Likelihoods, Plan
+
+    LikelihoodsOf = Callable[[Sequence[Encoded]], Likelihoods]
 
 RACING_OVERHEAD = 1.25
 """Most tokens that a race run to its end may cost, in those of scoring all items at once."""
@@ -82,12 +84,10 @@ class TaskEvaluator:
         looks = prepared.looks(self.seed)
         return run_race(evaluate, lambda: prepared.joined(found), rivals, self.seed, alpha, looks)
 
-    def score_logits(self, logits: Logits, split: Split = "report") -> Score:
-        """Accuracy of an engine that gives float32 logits [T, V] for int64[T]: the artefact itself."""
-        from compressor.evaluation.scorer import score_by_logits
-
+    def score_artefact(self, likelihoods: LikelihoodsOf, split: Split = "report") -> Score:
+        """Accuracy of the artefact itself, by what its engine makes of the requests."""
         prepared = self.prepare(split)
-        return prepared.score(score_by_logits(prepared.encoded, logits))
+        return prepared.score(likelihoods(prepared.encoded))
 
     def key(self, split: Split = "search") -> str:
         """Name of this evaluation in the ledger: tasks, split, few-shot count, limit and seed."""

@@ -11,12 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from compressor.engines.onnxruntime import OnnxCandidate, OnnxRuntimeEngine
 from compressor.evaluation.agreement import AgreementText, torch_predict
 from compressor.evaluation.evaluator import TaskEvaluator
 from compressor.evaluation.racing import Raced
 from compressor.evaluation.score import Items, Score, mcnemar, sign_test
 from compressor.evaluation.tasks import check_names
+from compressor.pipeline.artefacts import Artefact
 from compressor.request import RunRequest
 
 
@@ -45,7 +45,7 @@ class AccuracyTask(Protocol):
         """Score a model, but stop once a rival (its ``Score.items``) is surely more accurate."""
         ...
 
-    def score_engine(self, engine: OnnxRuntimeEngine, candidate: OnnxCandidate, split: str) -> Score: ...
+    def score_artefact(self, artefact: Artefact, split: str) -> Score: ...
 
     def paired(self, ours: bytes, theirs: bytes) -> Paired:
         """A paired test that both are equally accurate, on the same items."""
@@ -70,8 +70,8 @@ class Agreement:
     def race_model(self, model: PreTrainedModel, rivals: Sequence[bytes], split: str) -> Raced:
         return self.text.race(torch_predict(model), rivals, split)  # type: ignore[arg-type]
 
-    def score_engine(self, engine: OnnxRuntimeEngine, candidate: OnnxCandidate, split: str) -> Score:
-        return self.text.score(lambda ids: engine.top1(candidate, ids), split)  # type: ignore[arg-type]
+    def score_artefact(self, artefact: Artefact, split: str) -> Score:
+        return self.text.score(artefact.top1, split)  # type: ignore[arg-type]
 
     def paired(self, ours: bytes, theirs: bytes) -> Paired:
         return Paired(sign_test(ours, theirs), *_won_and_lost(ours, theirs))
@@ -95,8 +95,8 @@ class Tasks:
     def race_model(self, model: PreTrainedModel, rivals: Sequence[bytes], split: str) -> Raced:
         return self.evaluator.race(model, rivals, split)  # type: ignore[arg-type]
 
-    def score_engine(self, engine: OnnxRuntimeEngine, candidate: OnnxCandidate, split: str) -> Score:
-        return self.evaluator.score_logits(lambda ids: engine.logits(candidate, ids), split)  # type: ignore[arg-type]
+    def score_artefact(self, artefact: Artefact, split: str) -> Score:
+        return self.evaluator.score_artefact(artefact.likelihoods, split)  # type: ignore[arg-type]
 
     def paired(self, ours: bytes, theirs: bytes) -> Paired:
         return Paired(mcnemar(ours, theirs), *_won_and_lost(ours, theirs))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,6 @@ def package(
 def manifest_fields(context: Context, plan: Plan, task: AccuracyTask, finalist: Finalist) -> dict[str, Any]:
     """What the manifest says beyond what the engine knows."""
     profile = context.request.profile
-    scored = finalist.report_score.metrics
     return {
         "name": f"{Path(plan.source.name).name}-{profile.name}",
         "base_model": plan.source.name,
@@ -49,15 +49,7 @@ def manifest_fields(context: Context, plan: Plan, task: AccuracyTask, finalist: 
         "license": plan.source.license,
         "profile": profile.name,
         "divergence_nats": finalist.exactness.divergence_nats,
-        "accuracy": [
-            Accuracy(
-                task=task.name,
-                value=scored["accuracy"],
-                low=scored["accuracy_low"],
-                high=scored["accuracy_high"],
-                items=int(scored["accuracy_items"]),
-            )
-        ],
+        "accuracy": [accuracy_entry(task, finalist.report_score.metrics)],
         "speed": [
             Speed(
                 workload=profile.workload.label,
@@ -72,6 +64,17 @@ def manifest_fields(context: Context, plan: Plan, task: AccuracyTask, finalist: 
         ],
         "budgets": budget_verdicts(context, finalist),
     }
+
+
+def accuracy_entry(task: AccuracyTask, metrics: Mapping[str, float]) -> Accuracy:
+    """A score on the report split, as the manifest says it."""
+    return Accuracy(
+        task=task.name,
+        value=metrics["accuracy"],
+        low=metrics["accuracy_low"],
+        high=metrics["accuracy_high"],
+        items=int(metrics["accuracy_items"]),
+    )
 
 
 def budget_verdicts(context: Context, finalist: Finalist) -> list[BudgetVerdict]:

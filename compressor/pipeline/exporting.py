@@ -11,10 +11,14 @@ from typing import Any, cast
 from compressor import models
 from compressor.engines import gguf_file, hf_folder, onnx_export, onnx_package, vllm_package
 from compressor.engines.onnx_store import UNQUANTIZED
-from compressor.errors import InputError
-from compressor.events import Listener
-from compressor.manifest import read_manifest
+from compressor.engines.vllm_score import vllm_python
+from compressor.errors import InputError, UnfitMachineError
+from compressor.events import Listener, Message
+from compressor.manifest import Accuracy, read_manifest
+from compressor.pipeline.accuracy import AccuracyTask
+from compressor.pipeline.artefacts import VllmArtefact
 from compressor.pipeline.candidates import known_outcomes
+from compressor.pipeline.deliver import accuracy_entry
 from compressor.request import stored_request
 from compressor.runfolder import RUN_FILE, RunFolder
 from compressor.space import Numerics, SubNetwork
@@ -60,8 +64,8 @@ def export(
 def package_for(run: Path, engine: str, pick: str, out: Path | None, listener: Listener) -> Path:
     """The sub-network ``pick`` of a finished run as a package for ``engine``; returns its folder.
 
-    For ONNX Runtime it is measured and scored as it ships; for vLLM, in which runs do not measure yet, the
-    manifest says neither. Raises ``InputError``, ``PackageError``.
+    It is scored as it ships; for vLLM where that is installed, else the manifest says no accuracy. Its speed
+    is measured for ONNX Runtime alone. Raises ``InputError``, ``PackageError``, ``UnfitMachineError``.
     """
     if engine == "onnxruntime":
         from compressor.pipeline.run import package_pick
@@ -69,7 +73,36 @@ def package_for(run: Path, engine: str, pick: str, out: Path | None, listener: L
         return package_pick(run, pick, out, listener)
     if engine != "vllm":
         raise InputError(f"no engine '{engine}': use onnxruntime or vllm")
-    return export(run, "vllm", pick, "", False, out or run / f"package-{pick}-vllm", listener)
+    target = out or run / f"package-{pick}-vllm"
+    if target.exists():
+        raise InputError(f"{target} exists: delete it, or choose another folder with --out")
+    from compressor.pipeline.run import reopened
+
+    origin = _origin(run, pick, listener)
+    with reopened(run, listener) as workshop:
+
+        def score(folder: Path) -> list[Accuracy]:
+            return _scored_in_vllm(folder, origin.subnet, workshop.task, listener)
+
+        vllm_package.write_package(origin.supernet, origin.subnet, target, origin.fields, score=score)
+    return target
+
+
+def _scored_in_vllm(
+    folder: Path, subnet: SubNetwork, task: AccuracyTask, listener: Listener
+) -> list[Accuracy]:
+    """A package's accuracy on the report split; none, and a warning, where vLLM isn't or fails."""
+    python = vllm_python()
+    if python is None:
+        listener(Message("vLLM is not installed here: the package's accuracy is not scored", "warning"))
+        return []
+    listener(Message("scoring the package in vLLM"))
+    try:
+        score = task.score_artefact(VllmArtefact(folder, "int8", subnet, python), "report")
+    except UnfitMachineError as error:
+        listener(Message(f"{error}; it is written without its accuracy", "warning"))
+        return []
+    return [accuracy_entry(task, score.metrics())]
 
 
 def _origin(source: Path, pick: str, listener: Listener) -> Origin:

@@ -12,6 +12,7 @@ from compressor.ledger import Key, Row
 from compressor.measurement import Measurement
 from compressor.models import LoadedModel
 from compressor.pipeline.accuracy import AccuracyTask
+from compressor.pipeline.artefacts import OnnxArtefact
 from compressor.pipeline.candidates import MEASURE
 from compressor.pipeline.context import Context
 from compressor.space import Numerics, SubNetwork
@@ -77,9 +78,9 @@ class ReferenceSet:
         missing = [s for s in self.task.splits if ledger.get(self.score_key(numerics, s)) is None]
         if not missing:
             return
-        candidate = engine.build(self.full, numerics)
+        artefact = OnnxArtefact(engine, engine.build(self.full, numerics))
         for split in missing:
-            self._keep(numerics, split, self.task.score_engine(engine, candidate, split))
+            self._keep(numerics, split, self.task.score_artefact(artefact, split))
 
     def _bench(self, engine: OnnxRuntimeEngine, numerics: Numerics) -> Measurement:
         return self.context.bench(

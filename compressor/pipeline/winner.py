@@ -10,6 +10,7 @@ from compressor.engines.onnxruntime import OnnxRuntimeEngine
 from compressor.ledger import Key, Row
 from compressor.measurement import Measurement
 from compressor.pipeline.accuracy import AccuracyTask
+from compressor.pipeline.artefacts import OnnxArtefact
 from compressor.pipeline.candidates import Terms, paired_ties
 from compressor.pipeline.context import Context
 from compressor.pipeline.proof import prove
@@ -127,7 +128,7 @@ def _scored(
     row = context.ledger.get(key)
     if row is None:
         candidate = engine.build(subnet, terms.numerics, exactness.fine_inputs)
-        score = task.score_engine(engine, candidate, split)
+        score = task.score_artefact(OnnxArtefact(engine, candidate), split)
         row = context.ledger.put(Row(key, subnet, score.metrics(), items=score.items))
     return row
 

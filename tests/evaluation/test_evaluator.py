@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from compressor.errors import InputError
 from compressor.evaluation.evaluator import TaskEvaluator
 from compressor.evaluation.score import Items
-from compressor.evaluation.scorer import PackedLM
+from compressor.evaluation.scorer import PackedLM, score_by_logits
 from compressor.evaluation.tasks import check_names, load_tasks
 
 
@@ -54,7 +54,8 @@ def test_an_engines_logits_give_the_same_score(
             return model(torch.from_numpy(ids)[None]).logits[0].numpy()
 
     evaluator = TaskEvaluator("arc_easy", tokenizer, data_dir, limit=6)
-    assert evaluator.score_logits(logits, "search").value == evaluator.score(model, "search").value
+    found = evaluator.score_artefact(lambda encoded: score_by_logits(encoded, logits), "search")
+    assert found.value == evaluator.score(model, "search").value
 
 
 def test_groups_weigh_their_tasks_by_size_and_names_alike(data_dir: Path) -> None:
