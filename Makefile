@@ -12,7 +12,7 @@ PIP_ARGS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 test test-slow test-vllm demo bench%: export HF_HUB_OFFLINE = 1
 
-.PHONY: help setup setup-vllm setup-llama setup-optimum demo test test-slow test-vllm test-optimum check format bench bench-evaluation bench-supernet bench-measure bench-measure-vllm bench-search bench-formats bench-llm-int8 bench-serve soak-serve bench-wizard clean
+.PHONY: help setup setup-vllm setup-llama setup-optimum demo test test-slow test-vllm test-optimum check format bench bench-evaluation bench-supernet bench-measure bench-measure-vllm bench-search bench-mixed-bits bench-formats bench-llm-int8 bench-serve soak-serve bench-wizard clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 20
@@ -95,7 +95,7 @@ format: setup  ## let ruff format and fix
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: bench-evaluation bench-supernet bench-measure bench-measure-vllm bench-search bench-formats bench-llm-int8 bench-serve bench-wizard  ## all benchmarks
+bench: bench-evaluation bench-supernet bench-measure bench-measure-vllm bench-search bench-mixed-bits bench-formats bench-llm-int8 bench-serve bench-wizard  ## all benchmarks
 
 bench-evaluation: setup  ## our scorer beside lm-eval's own model
 	$(BIN)/python benchmarks/evaluation.py
@@ -111,6 +111,9 @@ bench-measure-vllm: setup setup-vllm  ## building and measuring candidates in vL
 
 bench-search: setup  ## LINAS beside random search, NSGA-II and LINAS as published
 	$(BIN)/python benchmarks/search.py
+
+bench-mixed-bits: setup  ## sub-networks of 8 or 4 bits a layer, beside 8 bits alone and the unpruned model in INT4
+	$(BIN)/python benchmarks/mixed_bits.py
 
 bench-formats: setup setup-vllm setup-llama  ## four formats of one sub-network, each in its own runtime
 	$(BIN)/python benchmarks/formats.py

@@ -132,7 +132,8 @@ def _all(artefacts: Sequence[Artefact], source: Path, work: Path) -> list[Result
     scored = np.array(ids[: ROWS * LENGTH]).reshape(ROWS, LENGTH)
     prompts = [tokenizer(text)["input_ids"] for text in PROMPTS]
     results = []
-    for artefact in artefacts:
+    for number, artefact in enumerate(artefacts, 1):
+        print(f"{number} of {len(artefacts)}: {artefact.label}", file=sys.stderr)
         kept = work / f"{artefact.label}.json"
         if kept.is_file():
             results.append(Result(artefact, **json.loads(kept.read_text())))

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from compressor import models
 from compressor.compute import fastest_cpu_dtype
+from compressor.engines.rounding import RoundedWeights
 from compressor.evaluation.agreement import AgreementText, torch_predict
 from compressor.ledger import Key, Ledger, Row
 from compressor.search.problem import ExactConstraint, Objective, Outcome, Problem
@@ -51,6 +52,7 @@ class Bench:
     ledger: Ledger
     budget_bytes: float
     numerics: str
+    rounded: RoundedWeights | None = None
 
     def evaluate(self, subnet: SubNetwork) -> tuple[Outcome, float]:
         """The outcome, and the seconds that it costs when it is not in the ledger already."""
@@ -58,6 +60,8 @@ class Bench:
         row = self.ledger.get(key)
         if row is None:
             began = time.perf_counter()
+            if self.rounded is not None:
+                self.rounded.choose(subnet)
             with self.elastic.activated(subnet) as model:
                 score = self.text.score(torch_predict(model), "search")
             cost = time.perf_counter() - began
@@ -66,19 +70,20 @@ class Bench:
         return Outcome(subnet, {**row.metrics, "weight_bytes": size}), row.cost_s
 
 
-def open_bench(folder: Path, budget_share: float) -> Bench:
+def open_bench(folder: Path, budget_share: float, bits: tuple[int, ...] = ()) -> Bench:
     """The bench on ``folder``'s super-network: agreement against INT8 bytes, within a share of the
-    unpruned model's."""
+    unpruned model's. With ``bits``, layers may have any of these, and are scored as rounded to them."""
     dtype = fastest_cpu_dtype()
     model, _, _ = load_supernet(folder / "supernet", dtype)
+    rounded = RoundedWeights(model, bits, 8) if bits else None
     elastic = Elastic(model)
     info = read_info(folder / "supernet")
-    space = SearchSpace.from_fractions(elastic.shape, DEPTHS, WIDTHS, info.drop_order)
+    space = SearchSpace.from_fractions(elastic.shape, DEPTHS, WIDTHS, info.drop_order, bits or (8,))
 
     def size(subnet: SubNetwork) -> float:
         return float(weight_bytes(space.shape, subnet, "int8"))
 
-    budget = budget_share * size(space.full)
+    budget = budget_share * size(SubNetwork(space.full.layers, space.full.widths))
     problem = Problem(
         space,
         (Objective("accuracy", maximize=True), Objective("weight_bytes")),
@@ -86,4 +91,5 @@ def open_bench(folder: Path, budget_share: float) -> Bench:
         (ExactConstraint("memory", size, budget, "MiB", 2**20),),
     )
     text = AgreementText.load(folder / "text.npz")
-    return Bench(problem, elastic, text, info, Ledger(folder / LEDGER), budget, str(dtype))
+    numerics = "int8" if bits else str(dtype)
+    return Bench(problem, elastic, text, info, Ledger(folder / LEDGER), budget, numerics, rounded)
