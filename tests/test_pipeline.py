@@ -120,28 +120,47 @@ def test_nothing_is_paid_for_twice_when_a_finished_run_goes_on(
     assert len({row.key for row in after}) == len(after)
 
 
-def test_a_run_killed_in_mid_search_resumes_without_paying_twice(home: Path, tiny_model_folder: Path) -> None:
-    asked = command(home, tiny_model_folder, "killed", 12)
+def test_a_run_killed_three_times_pays_nothing_twice_and_ends_as_one_left_alone(
+    home: Path, tiny_model_folder: Path, finished: Path
+) -> None:
+    asked = command(home, tiny_model_folder, "killed", 10)
     run = home / "killed"
+    before: list[Row] = []
+    for rows in (10, 16, 22):  # of them the unpruned model has 8, each sub-network 2
+        kill_after(rows, asked if rows == 10 else [*asked, "--resume"], run)
+        kept, before = before, ledger_rows(run)
+        assert identities(before)[: len(kept)] == identities(kept)
+        assert rows <= len(before) < 8 + 2 * 10
+    resumed = subprocess.run([*asked, "--resume"], capture_output=True, text=True, timeout=300)
+    assert resumed.returncode == 0, resumed.stderr
+    assert identities(ledger_rows(run))[: len(before)] == identities(before)
+    assert searched(run) == searched(finished) and len(searched(run)) == 10
+    fronts = [json.loads((folder / "front.json").read_text()) for folder in (run, finished)]
+    ours, theirs = ([(c["subnet"], c["accuracy"]) for c in f["candidates"] if c["on_front"]] for f in fronts)
+    assert ours == theirs
+
+
+def kill_after(rows: int, asked: list[str], run: Path) -> None:
     process = subprocess.Popen(asked, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 200
     while time.monotonic() < deadline:
-        if (run / "ledger.sqlite").exists() and len(ledger_rows(run)) >= 15:
+        if (run / "ledger.sqlite").exists() and len(ledger_rows(run)) >= rows:
             break
         time.sleep(0.02)
+    assert process.poll() is None
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    before = ledger_rows(run)
-    assert 15 <= len(before) < 8 + 2 * 12
-    resumed = subprocess.run([*asked, "--resume"], capture_output=True, text=True, timeout=300)
-    assert resumed.returncode == 0, resumed.stderr
-    after = ledger_rows(run)
-    assert [(row.id, row.created_at) for row in before] == [
-        (row.id, row.created_at) for row in after[: len(before)]
-    ]
+
+
+def identities(rows: list[Row]) -> list[tuple[int | None, float]]:
+    return [(row.id, row.created_at) for row in rows]
+
+
+def searched(run: Path) -> list[tuple[str, float]]:
+    """What a run evaluated, in its order: sub-networks with their accuracy."""
     weights = read_supernet_hash(run)
-    tasks = [row.key.task for row in after if row.key.weights == weights and row.key.task == "measure"]
-    assert len(tasks) == 12
+    rows = [row for row in ledger_rows(run) if row.key.weights == weights and not row.key.engine]
+    return [(row.key.subnet, row.metrics["accuracy"]) for row in rows if ":search:" in row.key.task]
 
 
 def read_supernet_hash(run: Path) -> str:
