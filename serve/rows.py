@@ -98,17 +98,16 @@ class Rows:
 
     def _choose(self, sequence: SequenceState) -> int:
         """An idle row that the active ones can grow to: one that holds the prompt's beginning and little
-        else as it is, or the least useful, to be overwritten; ``share_prefix`` may copy the beginning later.
+        else, or the least useful. What it has of the beginning stays; ``share_prefix`` may copy more.
         """
-        ends = self._ends()
-        longest, source = self._best_prefix(list(sequence.request.prompt), ends)
-        useful = longest >= MIN_SHARED_TOKENS and longest * 2 >= len(self.cache.rows[source].tokens)
-        if useful and not sequence.request.score_prompt:
-            del self.cache.rows[source].tokens[longest:]
-            sequence.cached_tokens = longest
-            return source
-        row = min(ends, key=self._usefulness)
-        self.cache.rows[row].tokens.clear()
+        ends, prompt = self._ends(), list(sequence.request.prompt)
+        longest, row = self._best_prefix(prompt, ends)
+        if longest < MIN_SHARED_TOKENS or longest * 2 < len(self.cache.rows[row].tokens):
+            row = min(ends, key=self._usefulness)
+            longest, _ = self._best_prefix(prompt, [row])
+        kept = longest if longest >= MIN_SHARED_TOKENS and not sequence.request.score_prompt else 0
+        del self.cache.rows[row].tokens[kept:]
+        sequence.cached_tokens = kept
         return row
 
     def _take(self, row: int, sequence: SequenceState) -> None:

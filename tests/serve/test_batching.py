@@ -276,3 +276,22 @@ def test_a_prompt_that_began_alike_is_not_read_again(package):
     third = sequence([*range(40), 5, 6], package)
     rows.admit(third)
     assert third.cached_tokens == 40
+
+
+def test_the_only_row_to_be_had_keeps_the_prompts_beginning(package):
+    rows = Rows(tiny_cache(rows=1, capacity=128), budget_tokens=128)
+    earlier = sequence([*range(60), *[7] * 50], package)
+    rows.admit(earlier)
+    fill(rows.cache, 0, list(earlier.request.prompt))
+    rows.release(earlier)
+    later = sequence([*range(60)][:40], package)
+    rows.admit(later)
+    assert later.cached_tokens == 38 and holds(rows.cache, 0, list(range(38)))
+    scored = SequenceState(
+        GenerationRequest(tuple(range(40)), GREEDY, 1, top_logprobs=0, score_prompt=True),
+        package.tokenizer,
+        lambda _: None,
+    )
+    rows.release(later)
+    rows.admit(scored)
+    assert scored.cached_tokens == 0 and rows.cache.rows[0].tokens == []
