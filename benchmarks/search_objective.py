@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from compressor import models
@@ -80,6 +81,7 @@ def open_bench(folder: Path, budget_share: float, bits: tuple[int, ...] = ()) ->
     info = read_info(folder / "supernet")
     space = SearchSpace.from_fractions(elastic.shape, DEPTHS, WIDTHS, info.drop_order, bits or (8,))
 
+    @cache
     def size(subnet: SubNetwork) -> float:
         return float(weight_bytes(space.shape, subnet, "int8"))
 
