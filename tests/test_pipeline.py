@@ -121,8 +121,9 @@ def test_nothing_is_paid_for_twice_when_a_finished_run_goes_on(
 
 
 def test_a_run_killed_three_times_pays_nothing_twice_and_ends_as_one_left_alone(
-    home: Path, tiny_model_folder: Path, finished: Path
+    home: Path, tiny_model_folder: Path
 ) -> None:
+    subprocess.run(command(home, tiny_model_folder, "alone", 10), check=True, timeout=300)
     asked = command(home, tiny_model_folder, "killed", 10)
     run = home / "killed"
     before: list[Row] = []
@@ -134,8 +135,9 @@ def test_a_run_killed_three_times_pays_nothing_twice_and_ends_as_one_left_alone(
     resumed = subprocess.run([*asked, "--resume"], capture_output=True, text=True, timeout=300)
     assert resumed.returncode == 0, resumed.stderr
     assert identities(ledger_rows(run))[: len(before)] == identities(before)
-    assert searched(run) == searched(finished) and len(searched(run)) == 10
-    fronts = [json.loads((folder / "front.json").read_text()) for folder in (run, finished)]
+    alone = home / "alone"
+    assert searched(run) == searched(alone) and len(searched(run)) == 10
+    fronts = [json.loads((folder / "front.json").read_text()) for folder in (run, alone)]
     ours, theirs = ([(c["subnet"], c["accuracy"]) for c in f["candidates"] if c["on_front"]] for f in fronts)
     assert ours == theirs
 

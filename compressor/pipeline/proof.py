@@ -6,17 +6,15 @@ from collections.abc import Sequence
 from typing import cast
 
 import numpy as np
-import torch
 
-from compressor import models
 from compressor.engines.onnx_exact import TARGET_NATS, Exactness, choose_exactness
 from compressor.engines.onnx_verify import check_divergence, mean_kl
 from compressor.engines.onnxruntime import OnnxRuntimeEngine
+from compressor.engines.streamed import streamed_logits
 from compressor.ledger import Key, Row
 from compressor.pipeline.candidates import Terms
 from compressor.pipeline.context import Context
 from compressor.space import SubNetwork
-from compressor.supernet.elastic import Elastic
 
 PROOF = "proof"
 PROOF_TOKENS = 128
@@ -54,9 +52,7 @@ def _choose(context: Context, terms: Terms, engine: OnnxRuntimeEngine, subnet: S
     from compressor.evaluation.agreement import AgreementText
 
     ids = AgreementText.load(context.folder.text).ids[0, :PROOF_TOKENS].astype(np.int64)
-    loaded = models.load(models.resolve(str(context.folder.supernet)), torch.float32)
-    with Elastic(loaded.model).activated(subnet) as model, torch.inference_mode():
-        expected = model(torch.from_numpy(ids[None])).logits[0].numpy()
+    expected = streamed_logits(context.folder.supernet, subnet, ids)
 
     def divergence(fine_inputs: Sequence[str]) -> float:
         candidate = engine.build(subnet, terms.numerics, fine_inputs)
