@@ -71,11 +71,10 @@ def _search(bench: Bench, evaluations: int, seed: int) -> list[Entry]:
 
 def _unpruned(folder: Path) -> dict[str, tuple[float, float, float]]:
     """Bytes and agreement of the whole model on both splits, in INT8 and INT4."""
-    figures = {}
+    bench, figures = open_bench(folder, 1.0), {}
     for name, bits in (("INT8", 8), ("INT4", 4)):
         model, _, _ = load_supernet(folder / "supernet", fastest_cpu_dtype())
         RoundedWeights(model, (bits,), bits)
-        bench = open_bench(folder, 1.0)
         size = float(weight_bytes(bench.elastic.shape, bench.problem.space.full, name.lower()))
         scores = [bench.text.score(torch_predict(model), split).value for split in ("search", "report")]
         figures[name] = (size, scores[0], scores[1])
@@ -116,8 +115,6 @@ def _report(
 
 
 def _unseen(bench: Bench, subnet: SubNetwork) -> float:
-    assert bench.rounded is not None
-    bench.rounded.choose(subnet)
     with bench.elastic.activated(subnet) as model:
         return float(bench.text.score(torch_predict(model), "report").value)
 

@@ -53,7 +53,6 @@ class Bench:
     ledger: Ledger
     budget_bytes: float
     numerics: str
-    rounded: RoundedWeights | None = None
 
     def evaluate(self, subnet: SubNetwork) -> tuple[Outcome, float]:
         """The outcome, and the seconds that it costs when it is not in the ledger already."""
@@ -61,8 +60,6 @@ class Bench:
         row = self.ledger.get(key)
         if row is None:
             began = time.perf_counter()
-            if self.rounded is not None:
-                self.rounded.choose(subnet)
             with self.elastic.activated(subnet) as model:
                 score = self.text.score(torch_predict(model), "search")
             cost = time.perf_counter() - began
@@ -76,8 +73,7 @@ def open_bench(folder: Path, budget_share: float, bits: tuple[int, ...] = ()) ->
     unpruned model's. With ``bits``, layers may have any of these, and are scored as rounded to them."""
     dtype = fastest_cpu_dtype()
     model, _, _ = load_supernet(folder / "supernet", dtype)
-    rounded = RoundedWeights(model, bits, 8) if bits else None
-    elastic = Elastic(model)
+    elastic = Elastic(model, RoundedWeights(model, bits, 8).choose) if bits else Elastic(model)
     info = read_info(folder / "supernet")
     space = SearchSpace.from_fractions(elastic.shape, DEPTHS, WIDTHS, info.drop_order, bits or (8,))
 
@@ -94,4 +90,4 @@ def open_bench(folder: Path, budget_share: float, bits: tuple[int, ...] = ()) ->
     )
     text = AgreementText.load(folder / "text.npz")
     numerics = "int8" if bits else str(dtype)
-    return Bench(problem, elastic, text, info, Ledger(folder / LEDGER), budget, numerics, rounded)
+    return Bench(problem, elastic, text, info, Ledger(folder / LEDGER), budget, numerics)

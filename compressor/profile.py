@@ -72,7 +72,7 @@ class Space(_Table):
 
     depth_fractions: list[Fraction] = Field(default=[0.75, 0.875, 1.0], min_length=1)
     width_fractions: list[Fraction] = Field(default=[0.5, 1.0], min_length=1)
-    bits: list[Literal[4, 8]] = Field(default=[8], min_length=1)
+    bits: list[Literal[4, 8]] | None = Field(default=None, min_length=1)  # default: those of the numerics
 
 
 class Profile(_Table):
@@ -98,16 +98,22 @@ class Profile(_Table):
 
     @model_validator(mode="after")
     def _one_number_of_bits_in_int4(self) -> Profile:
-        if (
-            self.numerics == "int4"
-            and not set(self.space.bits) <= {4}
-            and "bits" in self.space.model_fields_set
-        ):
+        if self.numerics == "int4" and set(self.layer_bits) != {4}:
             raise ValueError(
                 f'numerics = "int4" has every layer in 4 bits, space.bits asks for {self.space.bits}: '
                 'leave space.bits out, or set numerics = "int8"'
             )
         return self
+
+    @property
+    def outer_bits(self) -> int:
+        """Of the embeddings and the head, once quantized."""
+        return 4 if self.numerics == "int4" else 8
+
+    @property
+    def layer_bits(self) -> tuple[int, ...]:
+        """That a layer's weights may have, once quantized."""
+        return tuple(self.space.bits or [self.outer_bits])
 
     def with_overrides(self, **budgets: float | None) -> Profile:
         """The profile with single budgets replaced (``memory_gib``, ``ttft_ms``, ``tpot_ms``).

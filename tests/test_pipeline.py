@@ -336,10 +336,10 @@ def test_layers_of_four_bits_are_searched_scored_and_packaged(tiny_model_folder,
     for old, new in changes.items():
         text = text.replace(old, new)
     (tmp_path / "tiny.toml").write_text(text)
-    result = subprocess.run(
-        command(tmp_path, tiny_model_folder, "run", 8), capture_output=True, text=True, timeout=300
-    )
-    assert result.returncode == 0, result.stderr
+    for more in (("--tpot-budget", "50000"), ("--resume",)):
+        asked = command(tmp_path, tiny_model_folder, "run", 8, *more)
+        result = subprocess.run(asked, capture_output=True, text=True, timeout=300)
+        assert result.returncode == 0, result.stderr
     run = tmp_path / "run"
     rows = [
         row for row in ledger_rows(run) if row.key.task.startswith("agreement:search") and not row.key.engine

@@ -203,3 +203,21 @@ def test_what_is_written_is_read(budget: float, ttft: float, tpot: float, prompt
         tpot,
     )
     assert profile.workload.prompt_tokens == prompt
+
+
+@pytest.mark.parametrize(
+    ("numerics", "bits", "layers", "outer"),
+    [("int8", "", (8,), 8), ("int4", "", (4,), 4), ("int8", "bits = [4, 8]", (4, 8), 8)],
+)
+def test_bits_follow_the_numerics_unless_they_are_given(
+    numerics: str, bits: str, layers: tuple[int, ...], outer: int
+) -> None:
+    text = f'numerics = "{numerics}"{GOOD}[space]\n{bits}'
+    profile = parse_profile(text, "mine").with_overrides(tpot_ms=20)
+    assert (profile.layer_bits, profile.outer_bits) == (layers, outer)
+    assert Profile.model_validate(profile.model_dump(mode="json")) == profile
+
+
+def test_int4_with_layers_of_eight_bits_is_refused() -> None:
+    with pytest.raises(InputError, match=r"leave space\.bits out"):
+        parse_profile(f'numerics = "int4"{GOOD}[space]\nbits = [4, 8]', "mine")

@@ -31,7 +31,7 @@ def streamed_logits(
     model = _empty(package_config(base, subnet, "fp32"), subnet)
     cpu_offload(model, torch.device("cpu"), state_dict=_Made(entries))
     with torch.inference_mode():
-        logits: npt.NDArray[np.float32] = model(torch.from_numpy(ids[None])).logits[0].float().numpy()
+        logits: npt.NDArray[np.float32] = model(torch.from_numpy(ids[None])).logits[0].numpy()
     return logits
 
 

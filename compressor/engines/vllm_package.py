@@ -181,8 +181,8 @@ def _fill(
             "architecture": Architecture(**subnet.to_dict()),
             "parameters": sum(entry.elements for entry in unpadded),
             "weight_bytes": sum(entry.nbytes for entry in entries),
-            "accuracy": score(folder) if score else [],
         }
+        | ({"accuracy": score(folder)} if score else {})
     )
     write_model_card(folder, manifest)
     manifest = manifest.model_copy(update={"files": record_files(folder)})

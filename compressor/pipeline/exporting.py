@@ -73,13 +73,12 @@ def package_for(run: Path, engine: str, pick: str, out: Path | None, listener: L
         return package_pick(run, pick, out, listener)
     if engine != "vllm":
         raise InputError(f"no engine '{engine}': use onnxruntime or vllm")
-    target = out or run / f"package-{pick}-vllm"
-    if target.exists():
-        raise InputError(f"{target} exists: delete it, or choose another folder with --out")
-    from compressor.pipeline.run import reopened
+    from compressor.pipeline.run import picked, reopened
 
-    origin = _origin(run, pick, listener)
+    target = out or run / f"package-{pick}-vllm"
     with reopened(run, listener) as workshop:
+        outcomes = known_outcomes(workshop.context.ledger, workshop.terms)
+        origin = _of_run(workshop.context.folder, picked(workshop.problem, outcomes, pick).subnet)
 
         def score(folder: Path) -> list[Accuracy]:
             return _scored_in_vllm(folder, origin.subnet, workshop.task, listener)
@@ -109,8 +108,11 @@ def _origin(source: Path, pick: str, listener: Listener) -> Origin:
     if not (source / RUN_FILE).is_file():
         return _whole_model(source)
     folder = RunFolder.open_existing(source)
+    return _of_run(folder, _winner(folder) if pick == "winner" else _picked(source, pick, listener))
+
+
+def _of_run(folder: RunFolder, subnet: SubNetwork) -> Origin:
     model = models.resolve(stored_request(folder).model)
-    subnet = _winner(folder) if pick == "winner" else _picked(source, pick, listener)
     fields = {
         "name": f"{Path(model.name).name}-{subnet.digest}",
         "base_model": model.name,

@@ -106,15 +106,9 @@ def tuning_memory_bytes(request: RunRequest, shape: ModelShape) -> int:
 def profile_space(shape: ModelShape, profile: Profile, drop_order: tuple[int, ...] = ()) -> SearchSpace:
     """The profile's search space for a model of this shape."""
     fractions = profile.space
-    bits = (4,) if profile.numerics == "int4" else tuple(fractions.bits)
     return SearchSpace.from_fractions(
-        shape, fractions.depth_fractions, fractions.width_fractions, drop_order, bits
+        shape, fractions.depth_fractions, fractions.width_fractions, drop_order, profile.layer_bits
     )
-
-
-def outer_bits(profile: Profile) -> int:
-    """Of the embeddings and the head, once quantized."""
-    return 4 if profile.numerics == "int4" else 8
 
 
 def check_memory_budget(profile: Profile, smallest: MemoryEstimate) -> None:

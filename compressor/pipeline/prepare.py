@@ -17,7 +17,7 @@ from compressor.events import StageProgress
 from compressor.models import LoadedModel
 from compressor.pipeline.accuracy import mixed_rows
 from compressor.pipeline.context import Context, Result, run_stage
-from compressor.pipeline.plan import Plan, outer_bits
+from compressor.pipeline.plan import Plan
 from compressor.profile import Profile
 from compressor.runfolder import replace_folder
 from compressor.space import SearchSpace, parameter_count
@@ -199,7 +199,7 @@ def _examples(context: Context, loaded: LoadedModel) -> Examples:
 
 
 def _export_stage(context: Context, info: SupernetInfo, space: SearchSpace) -> None:
-    bits = tuple(sorted({*space.bits, outer_bits(context.request.profile)}))
+    bits = tuple(sorted({*space.bits, context.request.profile.outer_bits}))
     inputs = {"supernet": info.weights_hash, "bits": list(bits), "widths": list(space.widths)}
 
     def work() -> Result:

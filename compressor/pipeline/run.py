@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from pydantic import TypeAdapter, ValidationError
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from compressor import device
 from compressor.cluster import Cluster, joined
@@ -30,7 +30,7 @@ from compressor.pipeline.accuracy import AccuracyTask, check_tasks, make_accurac
 from compressor.pipeline.candidates import Evaluator, Terms, known_outcomes
 from compressor.pipeline.context import Context, Result, logged, run_stage
 from compressor.pipeline.deliver import package
-from compressor.pipeline.plan import Plan, make_plan, outer_bits
+from compressor.pipeline.plan import Plan, make_plan
 from compressor.pipeline.prepare import base_export, compute_dtype, load_base, prepare, supernet_export
 from compressor.pipeline.racing import rivals
 from compressor.pipeline.references import ReferenceSet
@@ -60,12 +60,15 @@ class Workshop:
         self.text = AgreementText.load(context.folder.text)
 
     @cached_property
-    def _scored(self) -> tuple[Elastic, RoundedWeights | None]:
-        """What sub-networks are scored with: their weights as they are, or rounded where that sets them
+    def supernet(self) -> Elastic:
+        """What sub-networks are scored in: with its weights as they are, or rounded where that sets them
         apart, as 4 bits do and 8 don't."""
         model, _, _ = load_supernet(self.context.folder.supernet, compute_dtype(self.context))
-        outer = outer_bits(self.context.request.profile)
-        return Elastic(model), RoundedWeights(model, self.space.bits, outer) if self._rounds else None
+        if not self._rounds:
+            return Elastic(model)
+        return Elastic(
+            model, RoundedWeights(model, self.space.bits, self.context.request.profile.outer_bits).choose
+        )
 
     @property
     def _rounds(self) -> bool:
@@ -122,21 +125,13 @@ class Workshop:
         return ReferenceSet(self.context, self.task, whole, base, seconds)
 
     def _score(self, subnet: SubNetwork) -> Score:
-        with self._activated(subnet) as model:
+        with self.supernet.activated(subnet) as model:
             return self.task.score_model(model, "search")
 
     def _race(self, subnet: SubNetwork) -> Raced:
         against = rivals(self.context.ledger, self.terms, self.problem, subnet)
-        with self._activated(subnet) as model:
+        with self.supernet.activated(subnet) as model:
             return self.task.race_model(model, against, "search")
-
-    @contextmanager
-    def _activated(self, subnet: SubNetwork) -> Iterator[PreTrainedModel]:
-        elastic, rounded = self._scored
-        if rounded is not None:
-            rounded.choose(subnet)
-        with elastic.activated(subnet) as model:
-            yield model
 
     def _bench(self, subnet: SubNetwork) -> Measurement:
         """Measured here or on the cluster's node. Where other load disturbs it here, again in turns with

@@ -33,8 +33,12 @@ class Elastic:
     model therefore sees the sub-network alone. Save the model's weights only after ``reset``.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(
+        self, model: PreTrainedModel, prepare: Callable[[SubNetwork], None] = lambda _: None
+    ) -> None:
+        """``prepare`` is called with each sub-network before it is made active."""
         self.model = model
+        self._prepare = prepare
         self.shape: ModelShape = shape_of_config(model.config)
         self.active: SubNetwork | None = None
         self._layers: nn.ModuleList = model.model.layers
@@ -44,6 +48,7 @@ class Elastic:
     def activate(self, subnet: SubNetwork) -> PreTrainedModel:
         """Make the model compute ``subnet``; returns the model. Raises ``ValueError`` if it does not fit."""
         self._check(subnet)
+        self._prepare(subnet)
         for index, width in zip(subnet.layers, subnet.widths, strict=True):
             self._set_width(index, width)
         self._set_layers(subnet.layers)

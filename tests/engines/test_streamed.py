@@ -10,26 +10,24 @@ import pytest
 from compressor.engines.streamed import streamed_logits
 from compressor.errors import InputError
 from compressor.space import SubNetwork
+from compressor.supernet.elastic import Elastic
 from tests.conftest import make_tiny_model
-from tests.engines.reference import cut, logits
+from tests.engines.reference import logits
+from tests.supernet.conftest import FAMILIES, make_model
 
-IDS = np.arange(40, 80, dtype=np.int64)
+IDS = np.arange(10, 50, dtype=np.int64)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
-    "changes", [{}, {"tie_word_embeddings": False}, {"mlp_bias": True, "attention_bias": True}]
+    "subnet", [SubNetwork((0, 2), (32, 64)), SubNetwork((0, 1, 2), (64,) * 3)], ids=["cut", "whole"]
 )
-@pytest.mark.parametrize(
-    "subnet",
-    [SubNetwork((0, 2, 3), (64, 128, 96)), SubNetwork((0, 1, 2, 3), (128,) * 4)],
-    ids=["cut", "whole"],
-)
-def test_logits_are_those_of_the_sub_network(
-    tmp_path: Path, changes: dict[str, bool], subnet: SubNetwork
-) -> None:
-    folder = make_tiny_model(tmp_path / "model", **changes)
-    expected = logits(cut(folder, subnet), IDS[None])[0]
-    np.testing.assert_allclose(streamed_logits(folder, subnet, IDS), expected, atol=1e-5)
+def test_logits_are_those_of_the_sub_network(tmp_path: Path, family: str, subnet: SubNetwork) -> None:
+    model = make_model(family)
+    model.save_pretrained(tmp_path)
+    with Elastic(model).activated(subnet) as active:
+        expected = logits(active, IDS[None])[0]
+    np.testing.assert_allclose(streamed_logits(tmp_path, subnet, IDS), expected, atol=1e-5)
 
 
 def test_missing_weights_are_named(tmp_path: Path) -> None:
