@@ -44,7 +44,7 @@ def prepare(context: Context, plan: Plan) -> tuple[SupernetInfo, SearchSpace]:
     effort = context.request.effort
     inputs = {
         "text": text,
-        "space": context.request.profile.space.model_dump(),
+        "space": context.request.profile.space.model_dump(exclude={"bits"}),  # which come after tuning
         "effort": [effort.tuning_steps, effort.tuning_minutes, effort.tuning_batch],
         "train_data": context.request.train_data,
         "seed": context.request.seed,
