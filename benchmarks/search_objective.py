@@ -34,7 +34,7 @@ def prepare(folder: Path, model: str, sequences: int, length: int) -> None:
     if text.is_file() and (supernet / "supernet.json").is_file():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    loaded = models.load(models.resolve(model))
+    loaded = models.load(models.resolve(model), fastest_cpu_dtype())
     ids = sample_text(loaded.model, loaded.tokenizer, CALIBRATION_SEQUENCES + 2 * sequences, length).ids
     AgreementText.build(ids[CALIBRATION_SEQUENCES:], torch_predict(loaded.model)).save(text)
     importance = rank(loaded.model, [ids[:CALIBRATION_SEQUENCES]])
