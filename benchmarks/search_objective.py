@@ -15,6 +15,7 @@ from compressor import models
 from compressor.compute import fastest_cpu_dtype
 from compressor.engines.rounding import RoundedWeights
 from compressor.evaluation.agreement import AgreementText, torch_predict
+from compressor.evaluation.shared_layers import SharedLayers
 from compressor.ledger import Key, Ledger, Row
 from compressor.search.problem import ExactConstraint, Objective, Outcome, Problem
 from compressor.space import SearchSpace, SubNetwork, weight_bytes
@@ -25,6 +26,7 @@ from compressor.supernet.sampling import sample_text
 
 LEDGER = "bench.sqlite"
 CALIBRATION_SEQUENCES = 16
+KEPT_BYTES = 8 << 30
 DEPTHS, WIDTHS = (0.75, 0.875, 1.0), (0.5, 1.0)
 
 
@@ -53,6 +55,7 @@ class Bench:
     ledger: Ledger
     budget_bytes: float
     numerics: str
+    shared: SharedLayers
 
     def evaluate(self, subnet: SubNetwork) -> tuple[Outcome, float]:
         """The outcome, and the seconds that it costs when it is not in the ledger already."""
@@ -61,7 +64,7 @@ class Bench:
         if row is None:
             began = time.perf_counter()
             with self.elastic.activated(subnet) as model:
-                score = self.text.score(torch_predict(model), "search")
+                score = self.text.score(torch_predict(model, self.shared), "search")
             cost = time.perf_counter() - began
             row = self.ledger.put(Row(key, subnet, score.metrics(), items=score.items, cost_s=cost))
         size = self.problem.exact["weight_bytes"](subnet)
@@ -90,4 +93,5 @@ def open_bench(folder: Path, budget_share: float, bits: tuple[int, ...] = ()) ->
     )
     text = AgreementText.load(folder / "text.npz")
     numerics = "int8" if bits else str(dtype)
-    return Bench(problem, elastic, text, info, Ledger(folder / LEDGER), budget, numerics)
+    shared = SharedLayers(elastic, KEPT_BYTES)
+    return Bench(problem, elastic, text, info, Ledger(folder / LEDGER), budget, numerics, shared)

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from compressor.evaluation.shared_layers import SharedLayers
+
 Tokens = NDArray[np.int64]
 Predict = Callable[[Tokens], NDArray[np.integer]]
 """Token ids [B, T] to the top next token after each of them [B, T]."""
@@ -144,10 +146,11 @@ class AgreementText:
             ) from error
 
 
-def torch_predict(model: PreTrainedModel) -> Predict:
+def torch_predict(model: PreTrainedModel, shared: SharedLayers | None = None) -> Predict:
     """Top next tokens by a LLaMA-like model, or by the sub-network activated in it when called.
 
-    Runs the scorer's own forward pass and never holds logits of more than a few hundred positions.
+    Runs the scorer's own forward pass and never holds logits of more than a few hundred positions. With
+    ``shared``, layers that an earlier sub-network began with are not computed again.
     """
     import torch
 
@@ -161,7 +164,7 @@ def torch_predict(model: PreTrainedModel) -> Predict:
 
     def batch(ids: Tokens) -> NDArray[np.integer]:
         with torch.inference_mode():
-            packed = PackedModel(model)
+            packed = PackedModel(model, shared)
             steps = schedule(pack_rows(ids), packed.device, packed.dtype)
             hidden = packed.run(steps, ids.size)
             top = torch.cat([top_tokens(packed.logits(rows)) for rows in torch.split(hidden, _HEAD_ROWS)])

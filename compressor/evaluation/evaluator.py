@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from compressor.evaluation.scorer import Likelihoods, Plan
+    from compressor.evaluation.shared_layers import SharedLayers
 
     LikelihoodsOf = Callable[[Sequence[Encoded]], Likelihoods]
 
@@ -54,15 +55,25 @@ class TaskEvaluator:
         self._encoder = Encoder(tokenizer, max_length)
         self._prepared: dict[Split, Prepared] = {}
 
-    def score(self, model: PreTrainedModel, split: Split = "search") -> Score:
-        """Accuracy of a model, or of the sub-network activated in it, on a split."""
+    def score(
+        self, model: PreTrainedModel, split: Split = "search", shared: SharedLayers | None = None
+    ) -> Score:
+        """Accuracy of a model, or of the sub-network activated in it, on a split.
+
+        With ``shared``, layers that an earlier sub-network began with are not computed again.
+        """
         from compressor.evaluation.scorer import score_plan
 
         prepared = self.prepare(split)
-        return prepared.score(score_plan(prepared.plan(), model))
+        return prepared.score(score_plan(prepared.plan(), model, shared))
 
     def race(
-        self, model: PreTrainedModel, rivals: Sequence[bytes], split: Split = "search", alpha: float = ALPHA
+        self,
+        model: PreTrainedModel,
+        rivals: Sequence[bytes],
+        split: Split = "search",
+        alpha: float = ALPHA,
+        shared: SharedLayers | None = None,
     ) -> Raced:
         """Score a model, but stop once a rival is more accurate at the stated error rate ``alpha``.
 
@@ -73,12 +84,12 @@ class TaskEvaluator:
 
         prepared = self.prepare(split)
         if not rivals:
-            return Raced(self.score(model, split), None, prepared.num_items, prepared.num_items)
+            return Raced(self.score(model, split, shared), None, prepared.num_items, prepared.num_items)
         found: list[tuple[Prepared, Likelihoods]] = []
 
         def evaluate(rung: int, items: NDArray[np.int64]) -> NDArray[np.floating[Any]]:
             part = prepared.part(rung, items)
-            found.append((part, score_plan(part.plan(), model)))
+            found.append((part, score_plan(part.plan(), model, shared)))
             return part.items(found[-1][1]).values
 
         looks = prepared.looks(self.seed)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from compressor.errors import InputError
 from compressor.evaluation.schedule import Call, Rows, Step
+from compressor.evaluation.shared_layers import Passage, SharedLayers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,13 +29,17 @@ _ARGMAX_BLOCK = 128
 _PARTS = ("embed_tokens", "layers", "norm", "rotary_emb")
 
 Kept = list[tuple[Tensor, Tensor]]
-"""Keys and values [key-value heads, tokens, head dim] of a prefix, one pair a layer."""
+"""Keys and values [key-value heads, tokens, head dim] of a prefix, one pair a layer that is computed."""
 
 
 class PackedModel:
-    """Runs ``Step``s on a causal LM of the Llama, Mistral, Qwen2 or Qwen3 kind, in its own numerics."""
+    """Runs ``Step``s on a causal LM of the Llama, Mistral, Qwen2 or Qwen3 kind, in its own numerics.
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    With ``shared``, leading layers that another sub-network has computed for the same steps are not
+    computed again.
+    """
+
+    def __init__(self, model: PreTrainedModel, shared: SharedLayers | None = None) -> None:
         base: Any = model.base_model
         config: Any = model.config
         missing = [name for name in _PARTS if not hasattr(base, name)]
@@ -43,12 +48,14 @@ class PackedModel:
                 f"a {type(model).__name__} cannot be scored: it has no {', '.join(missing)}; "
                 "use a LLaMA-like model"
             )
-        self.base = base
+        self.model, self.base = model, base
         self.layers = [_Layer.of(layer) for layer in base.layers[: config.num_hidden_layers]]
         self.head: Any = model.get_output_embeddings()
         self.hidden_size: int = config.hidden_size
         self.dtype: torch.dtype = base.norm.weight.dtype
         self.device: torch.device = base.norm.weight.device
+        self._shared = shared
+        self._known = 0
         self._kept: dict[int, Kept] = {}
         self._logits = torch.empty(0, dtype=self.dtype, device=self.device)
 
@@ -69,22 +76,30 @@ class PackedModel:
         """Final hidden states [num_rows, hidden] at all scored positions, in the order of score rows."""
         outputs = torch.empty(num_rows, self.hidden_size, dtype=self.dtype, device=self.device)
         self._kept = {}
-        for step in steps:
-            hidden = self._forward(step)
+        passage = self._shared.passage(self.model, steps) if self._shared else None
+        self._known = passage.known if passage else 0
+        for number, step in enumerate(steps):
+            hidden = self._forward(step, passage, number)
             if hidden is not None:
                 outputs[step.rows] = _normed(self.base.norm, hidden)
             for prefix in step.drop:
                 self._kept.pop(prefix, None)
         self._kept = {}
+        if self._shared and passage:
+            self._shared.keep(passage)
         return outputs
 
-    def _forward(self, step: Step) -> Tensor | None:
-        hidden: Tensor = self.base.embed_tokens(step.ids).to(self.dtype)
+    def _forward(self, step: Step, passage: Passage | None, number: int) -> Tensor | None:
+        hidden: Tensor
+        if passage and passage.known:
+            hidden = passage.states[number]
+        else:
+            hidden = self.base.embed_tokens(step.ids).to(self.dtype)
         cos, sin = (t[0, :, None] for t in self.base.rotary_emb(hidden, step.positions[None]))
         kept: dict[int, Kept] = {prefix: [] for prefix, _, _ in step.keep}
         last = len(self.layers) - 1
         masks = [call.mask(call.full, self.dtype) for call in step.calls]
-        for index, layer in enumerate(self.layers):
+        for index, layer in enumerate(self.layers[self._known :], self._known):
             normed = _normed(layer.input_norm, hidden)
             query, key, value = layer.project(normed, cos, sin)
             for prefix, start, end in step.keep:
@@ -100,6 +115,8 @@ class PackedModel:
             ]
             mixed = torch.cat([part for part in attended if part is not None])
             hidden = layer.finish(hidden, mixed)
+            if passage and index < last:
+                passage.leave(index + 1, hidden)
         self._kept |= kept
         return hidden
 
@@ -111,7 +128,7 @@ class PackedModel:
         own = key.transpose(0, 1).contiguous(), value.transpose(0, 1).contiguous()
         if parent < 0:
             return own
-        before = self._kept[parent][layer]
+        before = self._kept[parent][layer - self._known]
         return torch.cat([before[0], own[0]], 1), torch.cat([before[1], own[1]], 1)
 
     def _attend(
@@ -125,7 +142,7 @@ class PackedModel:
         q = _padded(query, rows)
         k, v = (_padded(states, call.full).transpose(1, 2) for states in (key, value))
         if call.parent >= 0:
-            before_k, before_v = self._kept[call.parent][layer]
+            before_k, before_v = self._kept[call.parent][layer - self._known]
             k = torch.cat([before_k.expand(rows.batch, -1, -1, -1), k], 2)
             v = torch.cat([before_v.expand(rows.batch, -1, -1, -1), v], 2)
         attention = _fused_attention if call.longest > LONG_ATTENTION else _attention

@@ -21,6 +21,7 @@ from compressor.evaluation.encoding import Encoded, Encoder, max_length_of
 from compressor.evaluation.forward import PackedModel
 from compressor.evaluation.packing import Packing, pack
 from compressor.evaluation.schedule import Step, schedule
+from compressor.evaluation.shared_layers import SharedLayers
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -73,10 +74,10 @@ class Plan:
         return self._steps[key]
 
 
-def score_plan(plan: Plan, model: PreTrainedModel) -> Likelihoods:
-    """Log-likelihoods of a plan's requests under a model, as it stands."""
+def score_plan(plan: Plan, model: PreTrainedModel, shared: SharedLayers | None = None) -> Likelihoods:
+    """Log-likelihoods of a plan's requests under a model, as it stands; see ``PackedModel``."""
     with torch.inference_mode():
-        packed = PackedModel(model)
+        packed = PackedModel(model, shared)
         hidden = packed.run(plan.steps(packed.device, packed.dtype), plan.packing.num_rows)
         return _collect(plan.packing, hidden, packed.logits)
 

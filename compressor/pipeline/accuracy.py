@@ -15,6 +15,7 @@ from compressor.evaluation.agreement import AgreementText, torch_predict
 from compressor.evaluation.evaluator import TaskEvaluator
 from compressor.evaluation.racing import Raced
 from compressor.evaluation.score import Items, Score, mcnemar, sign_test
+from compressor.evaluation.shared_layers import SharedLayers
 from compressor.evaluation.tasks import check_names
 from compressor.pipeline.artefacts import Artefact
 from compressor.request import RunRequest
@@ -39,9 +40,13 @@ class AccuracyTask(Protocol):
         """Name in the ledger."""
         ...
 
-    def score_model(self, model: PreTrainedModel, split: str) -> Score: ...
+    def score_model(self, model: PreTrainedModel, split: str, shared: SharedLayers | None = None) -> Score:
+        """Score a model; with ``shared``, without computing again what sub-networks begin with."""
+        ...
 
-    def race_model(self, model: PreTrainedModel, rivals: Sequence[bytes], split: str) -> Raced:
+    def race_model(
+        self, model: PreTrainedModel, rivals: Sequence[bytes], split: str, shared: SharedLayers | None = None
+    ) -> Raced:
         """Score a model, but stop once a rival (its ``Score.items``) is surely more accurate."""
         ...
 
@@ -64,11 +69,13 @@ class Agreement:
     def key(self, split: str) -> str:
         return self.text.task_key(split)  # type: ignore[arg-type]
 
-    def score_model(self, model: PreTrainedModel, split: str) -> Score:
-        return self.text.score(torch_predict(model), split)  # type: ignore[arg-type]
+    def score_model(self, model: PreTrainedModel, split: str, shared: SharedLayers | None = None) -> Score:
+        return self.text.score(torch_predict(model, shared), split)  # type: ignore[arg-type]
 
-    def race_model(self, model: PreTrainedModel, rivals: Sequence[bytes], split: str) -> Raced:
-        return self.text.race(torch_predict(model), rivals, split)  # type: ignore[arg-type]
+    def race_model(
+        self, model: PreTrainedModel, rivals: Sequence[bytes], split: str, shared: SharedLayers | None = None
+    ) -> Raced:
+        return self.text.race(torch_predict(model, shared), rivals, split)  # type: ignore[arg-type]
 
     def score_artefact(self, artefact: Artefact, split: str) -> Score:
         return self.text.score(artefact.top1, split)  # type: ignore[arg-type]
@@ -89,11 +96,13 @@ class Tasks:
     def key(self, split: str) -> str:
         return self.evaluator.key(split)  # type: ignore[arg-type]
 
-    def score_model(self, model: PreTrainedModel, split: str) -> Score:
-        return self.evaluator.score(model, split)  # type: ignore[arg-type]
+    def score_model(self, model: PreTrainedModel, split: str, shared: SharedLayers | None = None) -> Score:
+        return self.evaluator.score(model, split, shared)  # type: ignore[arg-type]
 
-    def race_model(self, model: PreTrainedModel, rivals: Sequence[bytes], split: str) -> Raced:
-        return self.evaluator.race(model, rivals, split)  # type: ignore[arg-type]
+    def race_model(
+        self, model: PreTrainedModel, rivals: Sequence[bytes], split: str, shared: SharedLayers | None = None
+    ) -> Raced:
+        return self.evaluator.race(model, rivals, split, shared=shared)  # type: ignore[arg-type]
 
     def score_artefact(self, artefact: Artefact, split: str) -> Score:
         return self.evaluator.score_artefact(artefact.likelihoods, split)  # type: ignore[arg-type]

@@ -23,6 +23,7 @@ from compressor.errors import InputError, RunConflictError, UnfitMachineError
 from compressor.evaluation.agreement import AgreementText
 from compressor.evaluation.racing import Raced
 from compressor.evaluation.score import Score
+from compressor.evaluation.shared_layers import SharedLayers
 from compressor.events import Listener, RunFinished, StageFinished, StageProgress, StageStarted
 from compressor.ledger import open_ledger
 from compressor.measurement import Measurement
@@ -69,6 +70,11 @@ class Workshop:
         return Elastic(
             model, RoundedWeights(model, self.space.bits, self.context.request.profile.outer_bits).choose
         )
+
+    @cached_property
+    def shared(self) -> SharedLayers:
+        """What this search's sub-networks begin with, computed once."""
+        return SharedLayers(self.supernet)
 
     @property
     def _rounds(self) -> bool:
@@ -126,12 +132,12 @@ class Workshop:
 
     def _score(self, subnet: SubNetwork) -> Score:
         with self.supernet.activated(subnet) as model:
-            return self.task.score_model(model, "search")
+            return self.task.score_model(model, "search", self.shared)
 
     def _race(self, subnet: SubNetwork) -> Raced:
         against = rivals(self.context.ledger, self.terms, self.problem, subnet)
         with self.supernet.activated(subnet) as model:
-            return self.task.race_model(model, against, "search")
+            return self.task.race_model(model, against, "search", self.shared)
 
     def _bench(self, subnet: SubNetwork) -> Measurement:
         """Measured here or on the cluster's node. Where other load disturbs it here, again in turns with
