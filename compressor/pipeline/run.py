@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -221,7 +221,8 @@ def _pay_references(workshop: Workshop) -> None:
 
     def work() -> Result:
         engine = OnnxRuntimeEngine(base_export(context), context.request.threads)
-        for done, name in enumerate(references.pay(engine, load_base(context))):
+        paying = references.pay(engine, partial(load_base, context), compute_dtype(context))
+        for done, name in enumerate(paying):
             context.listener(StageProgress("references", done, 3, name))
         return {}
 
