@@ -124,12 +124,12 @@ class Bench:
         """The default recipe, then the same number of steps under two others."""
         head = ("recipe", "panel before", "after", "full before", "after", "wikitext2 after")
         print(("{:<26}" + "{:>14}" * 5).format(*head))
-        default, steps = self._tuned(
-            "default", ("rms", "greedy"), FinetuneConfig(steps=10**6, minutes=minutes)
-        )
-        paper, _ = self._tuned("paper ordering", ("paper", "paper"), FinetuneConfig(steps=steps))
+        rows = self._rows(minutes)
+        timed = FinetuneConfig(steps=10**6, minutes=minutes)
+        default, steps = self._tuned("default", ("rms", "greedy"), timed, rows)
+        paper, _ = self._tuned("paper ordering", ("paper", "paper"), FinetuneConfig(steps=steps), rows)
         plain = FinetuneConfig(steps=steps, loss="cross-entropy", super_every=1)
-        full, _ = self._tuned("full model only", ("rms", "greedy"), plain)
+        full, _ = self._tuned("full model only", ("rms", "greedy"), plain, rows)
         return {
             "steps": steps,
             "panel_gain_nat": default["panel_before"] - default["panel_after"],
@@ -175,7 +175,7 @@ class Bench:
         return total / len(panel)
 
     def _tuned(
-        self, name: str, ordering: tuple[str, str], config: FinetuneConfig
+        self, name: str, ordering: tuple[str, str], config: FinetuneConfig, rows: Examples
     ) -> tuple[dict[str, float], int]:
         elastic, space = self._sorted(*ordering)
         panel = self._panel(space)
@@ -189,7 +189,7 @@ class Bench:
             if isinstance(event, LossReported):
                 curve.append(event.loss)
 
-        result = finetune(elastic, space, self._some(config), config, listen)
+        result = finetune(elastic, space, rows, config, listen)
         found["panel_after"] = self._mean_loss(elastic, panel, self.held_out)
         found["full_after"] = self._mean_loss(elastic, [space.full], self.held_out)
         wikitext = self._mean_loss(elastic, panel, self.wikitext)
@@ -200,9 +200,16 @@ class Bench:
         print("  loss: " + " ".join(f"{loss:.3f}" for loss in curve[::stride]), flush=True)
         return found, result.steps
 
-    def _some(self, config: FinetuneConfig) -> Examples:
-        """As many rows as the time may use: the original reads all of them first."""
-        wanted = min(len(self.train.ids), int(min(config.minutes * 100, config.steps * config.batch)))
+    def _rows(self, minutes: float) -> Examples:
+        """As many rows as so many minutes may use: the original reads all of them first.
+
+        A row costs a forward pass of the original's and three of a step, at half of a large product's speed.
+        """
+        whole = models.read_shape(self.source)
+        full = SubNetwork(tuple(range(whole.num_layers)), (whole.intermediate_size,) * whole.num_layers)
+        row_flops = 4 * LENGTH * flops_per_token(whole, full, LENGTH)
+        in_time = 30 * minutes * max(cpu_matmul_flops().values()) / row_flops
+        wanted = min(len(self.train.ids), int(in_time))
         chosen = torch.randperm(len(self.train.ids), generator=torch.Generator().manual_seed(0))[:wanted]
         return Examples(self.train.ids[chosen], self.train.labels[chosen])
 
