@@ -43,6 +43,8 @@ DATA = ROOT.parent / "shared" / "data"
 
 DEPTHS, WIDTHS = (22, 24, 26, 28, 30), (768, 1152, 1536)
 LENGTH, BATCH = 256, 8
+FULL_ROWS = 24
+"""Held-out rows that the full model is scored on; the panel has as many or fewer."""
 STEPS, SPEED_ROUNDS = 6, 2
 BOUNDS = {
     "panel_gain_nat": 0.5,
@@ -72,7 +74,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=40, help="of each tuning")
     parser.add_argument("--panel", type=int, default=24, help="sub-networks of the panel")
-    parser.add_argument("--rows", type=int, default=24, help="rows of 256 tokens that it is scored on")
+    parser.add_argument("--rows", type=int, default=24, help="rows of 256 tokens that the panel is scored on")
     parser.add_argument("--parts", default="orderings,tuning,speed", help="what to measure")
     options = parser.parse_args()
     if not DATA.is_dir():
@@ -104,10 +106,11 @@ class Bench:
         tokenizer = models.load(self.source).tokenizer
         alpaca = load_training_data(str(DATA / "alpaca" / "train.jsonl"), tokenizer, LENGTH)
         gsm8k = load_training_data(str(DATA / "gsm8k" / "train.jsonl"), tokenizer, LENGTH)
-        train, self.held_out = alpaca.split(self.rows)
+        train, self.held_out = alpaca.split(FULL_ROWS)
         self.train = Examples(torch.cat([train.ids, gsm8k.ids]), torch.cat([train.labels, gsm8k.labels]))
         wikitext = load_training_data(str(next((DATA / "wikitext2").glob("*valid*"))), tokenizer, LENGTH)
-        self.wikitext = Examples(wikitext.ids[: self.rows], wikitext.labels[: self.rows])
+        self.wikitext = _first(wikitext, self.rows)
+        self.few_held_out = _first(self.held_out, self.rows)
 
     def orderings(self) -> dict[str, float]:
         """Mean loss of the panel under each ordering, nothing tuned."""
@@ -115,7 +118,7 @@ class Bench:
         for neurons, layers in ORDERINGS:
             elastic, space = self._sorted(neurons, layers)
             panel = self._panel(space)
-            alpaca = self._mean_loss(elastic, panel, self.held_out)
+            alpaca = self._mean_loss(elastic, panel, self.few_held_out)
             wikitext = self._mean_loss(elastic, panel, self.wikitext)
             print(f"{neurons:<12}{layers:<18}{alpaca:>8.3f}{wikitext:>11.3f}", flush=True)
         return {}
@@ -180,7 +183,7 @@ class Bench:
         elastic, space = self._sorted(*ordering)
         panel = self._panel(space)
         found = {
-            "panel_before": self._mean_loss(elastic, panel, self.held_out),
+            "panel_before": self._mean_loss(elastic, panel, self.few_held_out),
             "full_before": self._mean_loss(elastic, [space.full], self.held_out),
         }
         curve: list[float] = []
@@ -190,7 +193,7 @@ class Bench:
                 curve.append(event.loss)
 
         result = finetune(elastic, space, rows, config, listen)
-        found["panel_after"] = self._mean_loss(elastic, panel, self.held_out)
+        found["panel_after"] = self._mean_loss(elastic, panel, self.few_held_out)
         found["full_after"] = self._mean_loss(elastic, [space.full], self.held_out)
         wikitext = self._mean_loss(elastic, panel, self.wikitext)
         order = ("panel_before", "panel_after", "full_before", "full_after")
@@ -247,6 +250,10 @@ class Bench:
             )
             Trainer(model, arguments, train_dataset=rows, callbacks=[Clock()]).train()
         return BATCH * LENGTH * (len(times) - 2) / (times[-1] - times[1])
+
+
+def _first(examples: Examples, rows: int) -> Examples:
+    return Examples(examples.ids[:rows], examples.labels[:rows])
 
 
 def speed() -> dict[str, float]:
