@@ -33,8 +33,8 @@ def cross_entropy(hidden: Tensor, labels: Tensor, head: Tensor) -> Tensor:
 
     The head receives its gradient only if it requires one.
     """
-    if head.requires_grad:
-        return F.cross_entropy(F.linear(hidden, head).float(), labels, ignore_index=IGNORED)
+    if not torch.is_grad_enabled():
+        hidden, head = hidden.detach(), head.detach()
     loss: Tensor = _CrossEntropy.apply(hidden, labels, head)  # type: ignore[no-untyped-call]
     return loss
 
@@ -65,20 +65,33 @@ class _Distillation(torch.autograd.Function):
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, labels: Tensor, head: Tensor) -> Tensor:
-        gradient = torch.zeros_like(hidden)
+        of_hidden, _, of_head = ctx.needs_input_grad
+        gradient = torch.zeros_like(hidden) if of_hidden else None
+        head_gradient = torch.zeros_like(head, dtype=torch.float32) if of_head else None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         counted = (labels != IGNORED).nonzero()[:, 0]
+        scale = 1.0 / max(len(counted), 1)
         for rows in torch.split(counted, ROWS_AT_ONCE):
             found = F.linear(hidden[rows], head).float().log_softmax(-1)
             total -= found.gather(1, labels[rows, None]).sum()
+            if gradient is None and head_gradient is None:
+                continue
             slope = found.exp_()
             slope.scatter_add_(1, labels[rows, None], -torch.ones_like(slope[:, :1]))
-            gradient[rows] = slope.to(head.dtype) @ head
-        scale = 1.0 / max(len(counted), 1)
-        ctx.save_for_backward(gradient.mul_(scale))
+            slope.mul_(scale)
+            if head_gradient is not None:
+                head_gradient.addmm_(slope.t(), hidden[rows].float())
+            if gradient is not None:
+                gradient[rows] = slope.to(head.dtype) @ head
+        ctx.save_for_backward(gradient, head_gradient)
+        ctx.head_dtype = head.dtype
         return total * scale
 
     @staticmethod
-    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * outer[0].to(gradient.dtype), None, None
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
+        gradient, head_gradient = ctx.saved_tensors
+        if gradient is not None:
+            gradient = gradient * outer[0].to(gradient.dtype)
+        if head_gradient is not None:
+            head_gradient = (head_gradient * outer[0]).to(ctx.head_dtype)
+        return gradient, None, head_gradient

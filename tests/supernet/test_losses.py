@@ -46,8 +46,28 @@ def test_cross_entropy_leaves_ignored_labels_out(head_learns: bool) -> None:
     hidden, head = random(10, 8).requires_grad_(), random(31, 8, seed=2).requires_grad_(head_learns)
     labels = torch.tensor([3, IGNORED, 5, 30, IGNORED, 0, 7, 7, 1, IGNORED])
     plain = F.cross_entropy(hidden @ head.T, labels, ignore_index=IGNORED)
-    (wanted,) = torch.autograd.grad(plain, hidden)
+    learners = (hidden, head) if head_learns else (hidden,)
+    wanted = torch.autograd.grad(plain, learners)
     loss = cross_entropy(hidden, labels, head)
-    (gradient,) = torch.autograd.grad(loss, hidden)
+    gradients = torch.autograd.grad(2 * loss, learners)
     assert torch.allclose(loss, plain, atol=1e-5)
+    for gradient, expected in zip(gradients, wanted, strict=True):
+        assert torch.allclose(gradient, 2 * expected, atol=1e-5)
+
+
+def test_a_head_learns_from_states_that_do_not() -> None:
+    hidden, head, labels = random(10, 8), random(31, 8, seed=2).requires_grad_(), torch.arange(10)
+    (wanted,) = torch.autograd.grad(F.cross_entropy(hidden @ head.T, labels), head)
+    (gradient,) = torch.autograd.grad(cross_entropy(hidden, labels, head), head)
     assert torch.allclose(gradient, wanted, atol=1e-5)
+
+
+def test_a_loss_alone_costs_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*_: object, **__: object) -> Tensor:
+        raise AssertionError("a gradient was computed")
+
+    hidden, head, labels = random(10, 8).requires_grad_(), random(31, 8, seed=2), torch.arange(10)
+    monkeypatch.setattr(Tensor, "scatter_add_", none)
+    with torch.no_grad():
+        loss = cross_entropy(hidden, labels, head)
+    assert torch.allclose(loss, F.cross_entropy(hidden @ head.T, labels), atol=1e-5)
