@@ -93,5 +93,5 @@ def open_bench(folder: Path, budget_share: float, bits: tuple[int, ...] = ()) ->
     )
     text = AgreementText.load(folder / "text.npz")
     numerics = "int8" if bits else str(dtype)
-    shared = SharedLayers(elastic, KEPT_BYTES)
+    shared = SharedLayers(model, lambda: elastic.active, KEPT_BYTES)
     return Bench(problem, elastic, text, info, Ledger(folder / LEDGER), budget, numerics, shared)

@@ -16,12 +16,12 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from compressor.engines.apart import answer, measurement_of, request_text
 from compressor.engines.onnx_store import INDEX_FILE, WEIGHTS_FILE
-from compressor.errors import CompressorError, InputError, UnfitMachineError
+from compressor.errors import UnfitMachineError
 from compressor.measurement import Measurement
 from compressor.profile import Workload
 from compressor.space import Numerics, SubNetwork
@@ -113,19 +113,9 @@ class Cluster:
         Raises ``InputError`` or ``UnfitMachineError``; also where the node dropped out and no other
         took over.
         """
-        request = {
-            "subnet": subnet.to_dict(),
-            "workload": workload.model_dump(),
-            "numerics": numerics,
-            "threads": threads,
-            "max_seconds": max_seconds,
-            "fine_inputs": list(fine_inputs),
-        }
+        request = request_text(subnet, workload, numerics, threads, max_seconds, fine_inputs)
         sent = self._send(export_folder)
-        answer = self._ask(_bench_there, (sent, json.dumps(request)), START_SECONDS + 20 * max_seconds)
-        if "error" in answer:
-            raise (InputError if answer["kind"] == "InputError" else UnfitMachineError)(answer["error"])
-        return Measurement(**answer)
+        return measurement_of(self._ask(_bench_there, (sent, request), START_SECONDS + 20 * max_seconds))
 
     def _send(self, export_folder: Path) -> dict[str, Any]:
         """References to the export's files, put into the object store once."""
@@ -187,20 +177,12 @@ def join(address: str, profile: str) -> list[str]:
     ]
 
 
-def _bench_there(sent: Mapping[str, Any], request_text: str) -> dict[str, Any]:
+def _bench_there(sent: Mapping[str, Any], request: str) -> dict[str, Any]:
     """Runs on the node: one measurement, or the error that it ended with."""
-    from compressor.engines.onnxruntime import OnnxRuntimeEngine
-
-    request = json.loads(request_text)
-    try:
-        engine = OnnxRuntimeEngine(_received(sent), request["threads"])
-        subnet = SubNetwork.from_dict(request["subnet"])
-        candidate = engine.build(subnet, request["numerics"], request["fine_inputs"])
-        workload = Workload.model_validate(request["workload"])
-        measured = engine.bench(candidate, workload, max_seconds=request["max_seconds"])
-    except CompressorError as error:
-        return {"error": str(error), "kind": type(error).__name__}
-    return asdict(replace(measured, conditions={**measured.conditions, **_whereabouts()}))
+    found = answer(_received(sent), request)
+    if "conditions" in found:
+        found["conditions"] |= _whereabouts()
+    return found
 
 
 def _describe_there() -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -38,21 +38,13 @@ def bench_apart(
     Raises ``InputError`` or ``UnfitMachineError``, also where the process was killed, as the kernel
     does when memory runs out.
     """
-    request = {
-        "export": str(export_folder.resolve()),
-        "subnet": subnet.to_dict(),
-        "workload": workload.model_dump(),
-        "numerics": numerics,
-        "threads": threads,
-        "max_seconds": max_seconds,
-        "fine_inputs": list(fine_inputs),
-    }
+    request = request_text(subnet, workload, numerics, threads, max_seconds, fine_inputs)
     command = [sys.executable, "-m", "compressor.engines.apart"]
     root = Path(__file__).resolve().parents[2]
     try:
         done = subprocess.run(
             command,
-            input=json.dumps(request),
+            input=json.dumps({"export": str(export_folder.resolve()), "request": request}),
             capture_output=True,
             text=True,
             cwd=root,
@@ -66,31 +58,61 @@ def bench_apart(
     return _answer(done, subnet)
 
 
-def main() -> int:
-    """Serve one request; the exit code is the error's own."""
+def request_text(
+    subnet: SubNetwork,
+    workload: Workload,
+    numerics: Numerics,
+    threads: int | None,
+    max_seconds: float,
+    fine_inputs: Sequence[str],
+) -> str:
+    """What ``answer`` is asked, as JSON."""
+    return json.dumps(
+        {
+            "subnet": subnet.to_dict(),
+            "workload": workload.model_dump(),
+            "numerics": numerics,
+            "threads": threads,
+            "max_seconds": max_seconds,
+            "fine_inputs": list(fine_inputs),
+        }
+    )
+
+
+def answer(export_folder: Path, text: str) -> dict[str, Any]:
+    """One measurement of a ``request_text``, or the error that it ended with, for ``measurement_of``."""
     from compressor.engines.onnxruntime import OnnxRuntimeEngine
 
-    request = json.load(sys.stdin)
+    request = json.loads(text)
     try:
-        engine = OnnxRuntimeEngine(Path(request["export"]), request["threads"])
+        engine = OnnxRuntimeEngine(export_folder, request["threads"])
         subnet = SubNetwork.from_dict(request["subnet"])
         candidate = engine.build(subnet, request["numerics"], request["fine_inputs"])
         workload = Workload.model_validate(request["workload"])
-        measured = engine.bench(candidate, workload, max_seconds=request["max_seconds"])
+        return asdict(engine.bench(candidate, workload, max_seconds=request["max_seconds"]))
     except CompressorError as error:
-        print(json.dumps({"error": str(error), "kind": type(error).__name__}))
-        return error.exit_code
-    print(json.dumps(asdict(measured)))
+        return {"error": str(error), "kind": type(error).__name__}
+
+
+def measurement_of(answer: Mapping[str, Any]) -> Measurement:
+    """The measurement in an answer. Raises ``InputError`` or ``UnfitMachineError`` for an error."""
+    if "error" in answer:
+        raise (InputError if answer["kind"] == "InputError" else UnfitMachineError)(answer["error"])
+    return Measurement(**answer)
+
+
+def main() -> int:
+    """Answer one request."""
+    asked = json.load(sys.stdin)
+    print(json.dumps(answer(Path(asked["export"]), asked["request"])))
     return 0
 
 
 def _answer(done: subprocess.CompletedProcess[str], subnet: SubNetwork) -> Measurement:
     lines = done.stdout.splitlines()
-    answer: dict[str, Any] = json.loads(lines[-1]) if lines else {}
-    if "ttft_ms" in answer:
-        return Measurement(**answer)
-    if "error" in answer:
-        raise (InputError if answer["kind"] == "InputError" else UnfitMachineError)(answer["error"])
+    found: dict[str, Any] = json.loads(lines[-1]) if lines else {}
+    if found.keys() & {"error", "ttft_ms"}:
+        return measurement_of(found)
     reason = "was killed, perhaps for want of memory" if done.returncode < 0 else _last(done.stderr)
     raise UnfitMachineError(f"the process that measured {subnet.digest} {reason}: free memory and try again")
 

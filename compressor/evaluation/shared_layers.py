@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from compressor.evaluation.schedule import Step
-from compressor.supernet.elastic import Elastic
+from compressor.space import SubNetwork
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,23 +36,29 @@ Prefix = tuple[str, tuple[tuple[int, int, int], ...]]
 
 
 class SharedLayers:
-    """Hidden states after leading layers, of an elastic model whose weights don't change meanwhile.
+    """Hidden states after leading layers of ``model``, whose weights don't change meanwhile.
 
+    ``active`` tells which sub-network it computes now, None if it is none.
     At most ``limit_bytes`` of them are kept, on the model's device (a quarter of the memory that is free
     there, and no more than 4 GiB, unless given); those unused for longest go first.
     """
 
-    def __init__(self, elastic: Elastic, limit_bytes: int | None = None) -> None:
-        self._elastic = elastic
-        self._limit_bytes = _room_bytes(elastic.model.device) if limit_bytes is None else limit_bytes
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        active: Callable[[], SubNetwork | None],
+        limit_bytes: int | None = None,
+    ) -> None:
+        self._model, self._active = model, active
+        self._limit_bytes = _room_bytes(model.device) if limit_bytes is None else limit_bytes
         self.kept_bytes = 0
         self._kept: OrderedDict[Prefix, tuple[Tensor, ...]] = OrderedDict()
         self.layers_asked = self.layers_computed = 0
 
     def passage(self, model: PreTrainedModel, steps: Sequence[Step]) -> Passage | None:
         """The way of ``steps`` through the sub-network that is active; None if another model runs them."""
-        subnet = self._elastic.active
-        if subnet is None or model is not self._elastic.model:
+        subnet = self._active()
+        if subnet is None or model is not self._model:
             return None
         architecture = tuple(zip(subnet.layers, subnet.widths, subnet.bits, strict=True))
         question = _digest(steps)

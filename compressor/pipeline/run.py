@@ -74,7 +74,7 @@ class Workshop:
     @cached_property
     def shared(self) -> SharedLayers:
         """What this search's sub-networks begin with, computed once."""
-        return SharedLayers(self.supernet)
+        return SharedLayers(self.supernet.model, lambda: self.supernet.active)
 
     @property
     def _rounds(self) -> bool:

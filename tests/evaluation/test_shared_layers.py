@@ -36,10 +36,14 @@ def ids() -> np.ndarray:
     return np.random.default_rng(1).integers(0, 512, (12, 24))
 
 
+def sharing(elastic: Elastic, limit_bytes: int | None = None) -> SharedLayers:
+    return SharedLayers(elastic.model, lambda: elastic.active, limit_bytes)
+
+
 def test_agreement_is_the_same_to_the_last_bit(
     elastic: Elastic, subnets: list[SubNetwork], ids: np.ndarray
 ) -> None:
-    shared = SharedLayers(elastic)
+    shared = sharing(elastic)
     for subnet in subnets:
         with elastic.activated(subnet) as model:
             assert np.array_equal(torch_predict(model, shared)(ids), torch_predict(model)(ids))
@@ -51,7 +55,7 @@ def test_scores_on_prefixes_that_requests_share_are_the_same(
 ) -> None:
     plan = Plan.of(_requests())
     assert any(step.keep for step in plan.steps(torch.device("cpu"), torch.float32))
-    shared = SharedLayers(elastic)
+    shared = sharing(elastic)
     for subnet in subnets:
         with elastic.activated(subnet) as model:
             ours, alone = score_plan(plan, model, shared), score_plan(plan, model)
@@ -61,7 +65,7 @@ def test_scores_on_prefixes_that_requests_share_are_the_same(
 
 
 def test_other_questions_share_nothing(elastic: Elastic, subnets: list[SubNetwork], ids: np.ndarray) -> None:
-    shared = SharedLayers(elastic)
+    shared = sharing(elastic)
     with elastic.activated(subnets[0]) as model:
         torch_predict(model, shared)(ids)
         assert np.array_equal(torch_predict(model, shared)(ids[::-1]), torch_predict(model)(ids[::-1]))
@@ -69,7 +73,7 @@ def test_other_questions_share_nothing(elastic: Elastic, subnets: list[SubNetwor
 
 
 def test_a_model_that_is_no_sub_network_is_computed_whole(elastic: Elastic, ids: np.ndarray) -> None:
-    shared = SharedLayers(elastic)
+    shared = sharing(elastic)
     torch_predict(elastic.reset(), shared)(ids)
     assert shared.layers_asked == shared.kept_bytes == 0
 
@@ -77,7 +81,7 @@ def test_a_model_that_is_no_sub_network_is_computed_whole(elastic: Elastic, ids:
 def test_no_more_is_kept_than_allowed(elastic: Elastic, subnets: list[SubNetwork], ids: np.ndarray) -> None:
     state = ids.size * elastic.shape.hidden_size * 4
     limit = 20 * state
-    shared = SharedLayers(elastic, limit)
+    shared = sharing(elastic, limit)
     for subnet in subnets:
         with elastic.activated(subnet) as model:
             assert np.array_equal(torch_predict(model, shared)(ids), torch_predict(model)(ids))
@@ -88,7 +92,7 @@ def test_no_more_is_kept_than_allowed(elastic: Elastic, subnets: list[SubNetwork
 def test_states_too_large_to_be_met_again_are_not_kept(
     elastic: Elastic, subnets: list[SubNetwork], ids: np.ndarray
 ) -> None:
-    shared = SharedLayers(elastic, 4 * ids.size * elastic.shape.hidden_size)
+    shared = sharing(elastic, 4 * ids.size * elastic.shape.hidden_size)
     with elastic.activated(subnets[0]) as model:
         torch_predict(model, shared)(ids)
     assert shared.kept_bytes == 0
