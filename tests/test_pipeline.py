@@ -97,6 +97,21 @@ def test_a_run_ends_with_a_whole_package_and_a_report(finished: Path) -> None:
     assert verified.returncode == 0, verified.stderr
 
 
+def test_tuning_on_rows_of_ones_own_is_watched_on_some_of_them(home: Path, tiny_model_folder: Path) -> None:
+    rows = [{"instruction": f"Say the number {n}.", "output": f"It is the number {n}."} for n in range(400)]
+    (home / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    asked = command(home, tiny_model_folder, "watched", 3, "--train-data", str(home / "rows.jsonl"))
+    asked[asked.index("--tuning-steps") + 1] = "101"
+    done = subprocess.run(asked, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    ledger = Ledger(home / "watched" / "ledger.sqlite")
+    watched, learnt = ledger.curve("held-out"), ledger.curve("sub")
+    ledger.close()
+    assert [step for step, _ in watched] == [50, 100]
+    assert len(learnt) > 80
+    assert "held-out rows" in (home / "watched" / "report" / "index.html").read_text()
+
+
 def test_the_front_carries_the_unpruned_model_in_three_numerics(finished: Path) -> None:
     front = json.loads((finished / "front.json").read_text())
     assert [r["numerics"] for r in front["references"]] == ["bf16", "int8", "int4"]

@@ -36,6 +36,9 @@ BASE_BITS = (4, 8)
 ADAPTER_LR = 1e-3
 """Adapters take higher rates than all weights do (Biderman et al., arXiv 2405.09673)."""
 
+HELD_OUT_SHARE, MOST_HELD_OUT = 0.05, 32
+"""Rows of the user's training data that tuning doesn't learn, and ends by."""
+
 
 def prepare(context: Context, plan: Plan) -> tuple[SupernetInfo, SearchSpace]:
     """Do, or find done, everything before the search; the super-network and its search space."""
@@ -134,6 +137,7 @@ def _tune(context: Context, plan: Plan) -> Result:
     sort_neurons(loaded.model, importance)
     space = replace(plan.space, drop_order=importance.drop_order)
     data_free = not context.request.train_data
+    examples = Examples.of_text(text) if data_free else _examples(context, loaded)
     rank = context.request.lora_rank
     config = FinetuneConfig(
         lora_rank=rank,
@@ -145,12 +149,13 @@ def _tune(context: Context, plan: Plan) -> Result:
         loss="distill" if data_free else "cross-entropy",
         sampling="budget",
         budget_parameters=budget_parameters(plan, context.request.profile),
+        held_out=0 if data_free else min(MOST_HELD_OUT, int(HELD_OUT_SHARE * len(examples.ids))),
         seed=seed,
     )
     result = finetune(
         Elastic(loaded.model),
         space,
-        text if data_free else _examples(context, loaded),
+        examples,
         config,
         context.listener,
         context.ledger.record_curve,
@@ -158,6 +163,8 @@ def _tune(context: Context, plan: Plan) -> Result:
         Targets.load(_training_targets(context)) if data_free else None,
     )
     context.ledger.end_curves(result.steps)
+    if result.stopped_early:
+        context.say(f"tuning ended at step {result.steps}: the loss on held-out rows falls no more")
 
     def save(path: Path) -> None:
         path.mkdir(parents=True)

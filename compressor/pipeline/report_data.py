@@ -19,6 +19,7 @@ from compressor.search.problem import Outcome, Problem
 from compressor.space import Numerics, parameter_count, weight_bytes
 
 REFERENCE_NAMES = {"bf16": "unpruned, bf16 in PyTorch", "int8": "unpruned, INT8", "int4": "unpruned, INT4"}
+CURVES = ("super", "sub", "held-out")
 
 
 def collect(
@@ -49,7 +50,7 @@ def collect(
         winner=_winner(plan, problem, task, references, finalist) if finalist else None,
         budgets=_budgets(context, finalist),
         weight_budget_bytes=_weight_budget(context, outcomes, finalist),
-        loss_curves={name: tuple(context.ledger.curve(name)) for name in ("super", "sub")},
+        loss_curves={name: tuple(context.ledger.curve(name)) for name in CURVES},
         conditions=_conditions(finalist),
         next_commands=_next_commands(context, finalist),
         notes=tuple(notes),

@@ -76,10 +76,14 @@ def front_layers(data: ReportData) -> Figure:
 
 
 def loss_curves(data: ReportData) -> Figure:
-    """Training loss of super-network and sub-network steps."""
+    """Training loss of super-network and sub-network steps, and the smallest's on held-out rows."""
     figure = new_figure((6.4, 3.4))
     axes = figure.subplots()
-    looks = {"super": ("front", "-", "super-network"), "sub": ("winner", "-", "random sub-network")}
+    looks = {
+        "super": ("front", "-", "super-network"),
+        "sub": ("winner", "-", "random sub-network"),
+        "held-out": ("reference", "--", "smallest sub-network, held-out rows"),
+    }
     for name, curve in data.loss_curves.items():
         colour, line, label = looks.get(name, ("reference", "--", name))
         if not curve:
