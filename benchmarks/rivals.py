@@ -78,7 +78,7 @@ def q8_0_file(cache: Path) -> Path | None:
 
 def vllm_package(cache: Path) -> Path | None:
     """The starter as a package for vLLM, W8A8; None without vLLM (``make setup-vllm``)."""
-    from compressor import models
+    from compressor import cpu, models
     from compressor.engines.vllm_package import write_package
     from compressor.space import SubNetwork
 
@@ -88,7 +88,8 @@ def vllm_package(cache: Path) -> Path | None:
     if not folder.is_dir():
         shape = models.read_shape(models.resolve("starter"))
         whole = SubNetwork(tuple(range(shape.num_layers)), (shape.intermediate_size,) * shape.num_layers)
-        write_package(model_folder(cache), whole, folder, {"name": NAME, "base_model": "starter"})
+        fields = {"name": NAME, "base_model": "starter"}
+        write_package(model_folder(cache), whole, folder, fields, narrow=cpu.this_saturates())
     return folder
 
 

@@ -15,7 +15,7 @@ import statistics
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,8 @@ LENGTH, BATCH = 256, 8
 FULL_ROWS = 24
 """Held-out rows that the full model is scored on; the panel has as many or fewer."""
 STEPS, SPEED_ROUNDS = 6, 2
+RECIPE = FinetuneConfig(loss="cross-entropy")
+"""What `compress --train-data` does with labelled rows."""
 BOUNDS = {
     "panel_gain_nat": 0.5,
     "full_gain_nat": 0.0,
@@ -128,10 +130,10 @@ class Bench:
         head = ("recipe", "panel before", "after", "full before", "after", "wikitext2 after")
         print(("{:<26}" + "{:>14}" * 5).format(*head))
         rows = self._rows(minutes)
-        timed = FinetuneConfig(steps=10**6, minutes=minutes)
+        timed = replace(RECIPE, steps=10**6, minutes=minutes)
         default, steps = self._tuned("default", ("rms", "greedy"), timed, rows)
-        paper, _ = self._tuned("paper ordering", ("paper", "paper"), FinetuneConfig(steps=steps), rows)
-        plain = FinetuneConfig(steps=steps, loss="cross-entropy", super_every=1)
+        paper, _ = self._tuned("paper ordering", ("paper", "paper"), replace(RECIPE, steps=steps), rows)
+        plain = replace(RECIPE, steps=steps, super_every=1)
         full, _ = self._tuned("full model only", ("rms", "greedy"), plain, rows)
         return {
             "steps": steps,
@@ -204,13 +206,11 @@ class Bench:
         return found, result.steps
 
     def _rows(self, minutes: float) -> Examples:
-        """As many rows as so many minutes may use: the original reads all of them first.
-
-        A row costs a forward pass of the original's and three of a step, at half of a large product's speed.
-        """
+        """As many rows as so many minutes use, each a forward and a backward pass of three times a forward
+        pass's operations, at half of a large product's speed."""
         whole = models.read_shape(self.source)
         full = SubNetwork(tuple(range(whole.num_layers)), (whole.intermediate_size,) * whole.num_layers)
-        row_flops = 4 * LENGTH * flops_per_token(whole, full, LENGTH)
+        row_flops = 3 * LENGTH * flops_per_token(whole, full, LENGTH)
         in_time = 30 * minutes * max(cpu_matmul_flops().values()) / row_flops
         wanted = min(len(self.train.ids), int(in_time))
         chosen = torch.randperm(len(self.train.ids), generator=torch.Generator().manual_seed(0))[:wanted]

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import psutil
 
+from compressor.cpu import instructions
 from compressor.errors import UnfitMachineError
 from compressor.profile import Profile, load_profiles
 
@@ -23,10 +24,6 @@ GIB = 2**30
 MEMORY_TOLERANCE = 0.9
 """Share of a device's sold memory that it must show: firmware, drivers and error correction keep some."""
 
-ISA_OF_INTEREST = (
-    *("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16"),  # x86-64
-    *("asimddp", "i8mm", "bf16", "sve"),  # ARM
-)
 CPUINFO = Path("/proc/cpuinfo")
 DEVICE_TREE_MODEL = Path("/proc/device-tree/model")
 CGROUP_ROOT = Path("/sys/fs/cgroup")
@@ -88,7 +85,7 @@ def detect(disk: Path | None = None) -> Machine:
         physical_cores=psutil.cpu_count(logical=False) or logical,
         logical_cores=logical,
         usable_cores=_usable_cores(logical),
-        isa=_isa(),
+        isa=instructions(_text(CPUINFO)),
         memory_bytes=min(memory.total, limit or memory.total),
         memory_available_bytes=min(memory.available, max(0, limit - used) if limit else memory.available),
         disk_free_bytes=shutil.disk_usage(disk or Path.cwd()).free,
@@ -117,6 +114,14 @@ def describe(machine: Machine) -> list[tuple[str, str]]:
         ("CUDA", "; ".join(gpus) or "none"),
         ("system", machine.system),
     ]
+
+
+def label(profile: Profile, machine: Machine) -> str:
+    """Name of the machine's device that the profile is for, as the ledger and the manifest name it."""
+    if profile.device.kind == "cpu":
+        return machine.cpu_label
+    named = (name for name, _ in _candidates(profile, machine) if _named(name, profile.device.match))
+    return next(named, "no CUDA device")
 
 
 def fits(profile: Profile, machine: Machine) -> Fit:
@@ -239,12 +244,6 @@ def _cpu_name() -> str:
 
 def _board_name() -> str:
     return _text(DEVICE_TREE_MODEL).rstrip("\x00\n ")
-
-
-def _isa() -> tuple[str, ...]:
-    found = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", _text(CPUINFO), re.MULTILINE)
-    flags = set(found.group(1).split()) if found else set()
-    return tuple(flag for flag in ISA_OF_INTEREST if flag in flags)
 
 
 def _gpus() -> tuple[Gpu, ...]:

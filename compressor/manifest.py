@@ -89,6 +89,9 @@ class Manifest(_Record):
     fine_inputs: list[str] = Field(
         default=[], description="Matrices whose inputs are not rounded, to keep the divergence within bounds"
     )
+    narrow_weights: bool = Field(
+        default=False, description="INT8 weights within 7 bits, for CPUs on which sums of full ones saturate"
+    )
     accuracy: list[Accuracy] = []
     speed: list[Speed] = []
     budgets: list[BudgetVerdict] = []

@@ -24,6 +24,7 @@ from typing import Any
 
 import psutil
 
+from compressor import cpu
 from compressor.errors import UnfitMachineError
 from compressor.manifest import Manifest, read_manifest
 from serve.settings import Settings
@@ -33,6 +34,10 @@ PLUGIN_VALUE = "serve.vllm_plugin:register"
 CACHE_BYTES = {"fp32": 4}
 """Bytes of a key-value cache element under numerics where they are not 2."""
 
+SATURATES = (
+    "this CPU (x86 without VNNI) saturates where it adds products of full INT8 weights, which the package's "
+    "are: its answers will be worse. Package it again on this machine, with a profile for its CPU"
+)
 BLOCK_TOKENS = 128
 STARTUP_TIMEOUT_S = 600.0
 STOP_GRACE_S = 15.0
@@ -57,7 +62,10 @@ def launch(settings: Settings, on_ready: Callable[[str], None] | None = None) ->
     config = json.loads((settings.package / "config.json").read_text(encoding="utf-8"))
     _check_environment(settings.package, config)
     settings = replace(settings, port=_claim_port(settings.host, settings.port))
-    command = build_command(manifest, config, settings, on_cpu=_vllm_is_for_cpu())
+    on_cpu = _vllm_is_for_cpu()
+    if on_cpu and manifest.numerics == "int8" and not manifest.narrow_weights and cpu.this_saturates():
+        print(f"warning: {SATURATES}", file=sys.stderr, flush=True)
+    command = build_command(manifest, config, settings, on_cpu=on_cpu)
     url = base_url(settings.host, settings.port)
     child = subprocess.Popen(
         command.argv, env=os.environ | command.environment, start_new_session=True, stdout=sys.stderr

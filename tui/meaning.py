@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from compressor.engines.base import MemoryEstimate
-from compressor.engines.memory import required_memory_bytes
+from compressor.engines.memory import served_memory
 from compressor.errors import CompressorError
 from compressor.profile import Profile
 from compressor.space import SearchSpace, SubNetwork
@@ -38,4 +38,4 @@ def budget_meaning(profile: Profile, model: ModelFacts) -> str:
 
 
 def _memory(model: ModelFacts, profile: Profile, subnet: SubNetwork) -> MemoryEstimate:
-    return required_memory_bytes(model.shape, subnet, profile.workload, profile.numerics)
+    return served_memory(model.shape, subnet, profile)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import TypeAdapter, ValidationError
 
-from compressor.engines.memory import required_memory_bytes
+from compressor.engines.memory import served_memory, shipped_weight_bytes
 from compressor.errors import CompressorError, InputError, RunConflictError
 from compressor.ledger import open_ledger
 from compressor.profile import Budgets
@@ -16,7 +16,7 @@ from compressor.report.analysis import front_candidates, planar_front
 from compressor.report.data import Candidate, ReportData
 from compressor.request import RunRequest, stored_request
 from compressor.runfolder import RunFolder
-from compressor.space import ModelShape, SearchSpace, weight_bytes
+from compressor.space import ModelShape, SearchSpace
 from tui import words
 from tui.charts import Sample
 from tui.facts import ModelFacts
@@ -37,8 +37,8 @@ def weight_budget_bytes(request: RunRequest, model: ModelFacts | None) -> float 
     space = SearchSpace.from_fractions(shape, fractions.depth_fractions, fractions.width_fractions)
     (low, least), (high, most) = (
         (
-            weight_bytes(shape, subnet, profile.numerics),
-            required_memory_bytes(shape, subnet, profile.workload, profile.numerics).total,
+            shipped_weight_bytes(shape, subnet, profile.numerics, profile.engine),
+            served_memory(shape, subnet, profile).total,
         )
         for subnet in (space.smallest, space.full)
     )
@@ -65,7 +65,7 @@ def unpruned_samples(run: Path, request: RunRequest, model: ModelFacts | None) -
         return ()
     if "accuracy" not in figures:
         return ()
-    size = weight_bytes(shape, full, numerics)
+    size = shipped_weight_bytes(shape, full, numerics, request.profile.engine)
     return (Sample(figures["accuracy"], size, figures.get("throughput_tok_s")),)
 
 
@@ -154,7 +154,7 @@ class Results:
         if self.shape is None:
             return None
         profile = self.request.profile
-        return required_memory_bytes(self.shape, candidate.subnet, profile.workload, profile.numerics).total
+        return served_memory(self.shape, candidate.subnet, profile).total
 
     def _values(self, candidate: Candidate) -> dict[str, float]:
         score, speed = candidate.accuracy, candidate.speed

@@ -13,7 +13,7 @@ import ctypes
 from pathlib import Path
 
 from compressor.engines.base import MemoryEstimate
-from compressor.profile import Workload
+from compressor.profile import EngineName, Profile, Workload
 from compressor.space import (
     BYTES_PER_ELEMENT,
     QUANT_BLOCK,
@@ -33,11 +33,22 @@ _ARENA_SLACK, _ARENA_HOLES = 1.05, 0.6
 _SESSION_BYTES, _LAYER_BYTES = 14 * 2**20, 460 * 2**10
 """Kernels and threads of a session, and what each layer's nodes take in it."""
 
+VLLM_ELEMENT = 2
+"""Bytes of a number that vLLM keeps in floating point: bf16."""
+VLLM_BLOCK_TOKENS = 128
+"""Tokens of a block of vLLM's key-value cache on CPUs, of several on GPUs."""
+
 
 def required_memory_bytes(
-    shape: ModelShape, subnet: SubNetwork, workload: Workload, numerics: Numerics = "int8"
+    shape: ModelShape,
+    subnet: SubNetwork,
+    workload: Workload,
+    numerics: Numerics = "int8",
+    engine: EngineName = "onnxruntime",
 ) -> MemoryEstimate:
     """Weights, key-value cache and activations of serving ``workload`` as a static batch."""
+    if engine == "vllm":
+        return _vllm_memory(shape, subnet, workload, numerics)
     quantized = numerics in ("int8", "int4")
     element = 4 if quantized else int(BYTES_PER_ELEMENT[numerics])
     weights = weight_bytes(shape, subnet, numerics)
@@ -48,6 +59,39 @@ def required_memory_bytes(
     tokens = workload.prompt_tokens + workload.output_tokens
     cache = kv_cache_bytes(shape, subnet, tokens, workload.concurrency, element)
     return MemoryEstimate(weights, cache, _activation_bytes(shape, subnet, workload, element))
+
+
+def served_memory(shape: ModelShape, subnet: SubNetwork, profile: Profile) -> MemoryEstimate:
+    """The same for a profile's workload, numerics and engine."""
+    return required_memory_bytes(shape, subnet, profile.workload, profile.numerics, profile.engine)
+
+
+def shipped_weight_bytes(
+    shape: ModelShape, subnet: SubNetwork, numerics: Numerics = "int8", engine: EngineName = "onnxruntime"
+) -> int:
+    """Bytes of the weights as the engine's package holds them.
+
+    vLLM's INT8 is W8A8: one fp32 scale a row of a layer's matrix, and embeddings, head and norms in bf16.
+    """
+    if engine != "vllm" or numerics != "int8":
+        return weight_bytes(shape, subnet, numerics)
+    outer = shape.vocab_size * shape.hidden_size * (1 if shape.tie_word_embeddings else 2) + shape.hidden_size
+    total = VLLM_ELEMENT * outer
+    for width in subnet.widths:
+        matrices = (*shape.attention_matrices(), *shape.mlp_matrices(width))
+        total += sum(n * k + 4 * n for n, k in matrices) + VLLM_ELEMENT * shape.layer_vectors(width)
+    return total
+
+
+def vllm_cache_bytes(layers: int, kv_size: int, workload: Workload, element: int = VLLM_ELEMENT) -> int:
+    """Whole blocks of keys and values for every request, with one for each to grow and one more."""
+    blocks = -(-(workload.prompt_tokens + workload.output_tokens) // VLLM_BLOCK_TOKENS) + 1
+    return 2 * layers * kv_size * element * VLLM_BLOCK_TOKENS * (blocks * workload.concurrency + 1)
+
+
+def vllm_batch_tokens(workload: Workload) -> int:
+    """Tokens that vLLM is told to take at once, for which it makes room as it starts."""
+    return max(2048, workload.concurrency * workload.prompt_tokens)
 
 
 def package_bytes(shape: ModelShape, subnet: SubNetwork, numerics: Numerics = "int8") -> int:
@@ -77,6 +121,20 @@ def reset_peak() -> None:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         return
+
+
+def _vllm_memory(
+    shape: ModelShape, subnet: SubNetwork, workload: Workload, numerics: Numerics
+) -> MemoryEstimate:
+    """What the measuring asks of vLLM: the cache by name, the rest by the widest moment of a layer."""
+    element = 4 if numerics == "fp32" else VLLM_ELEMENT
+    per_token = 4 * shape.hidden_size + 2 * (shape.q_size + 2 * shape.kv_size) + 3 * max(subnet.widths)
+    logits = workload.concurrency * shape.vocab_size * (element + 4)
+    return MemoryEstimate(
+        shipped_weight_bytes(shape, subnet, numerics, "vllm"),
+        vllm_cache_bytes(subnet.depth, shape.kv_size, workload, element),
+        element * vllm_batch_tokens(workload) * per_token + logits,
+    )
 
 
 def _packing_bytes(shape: ModelShape, subnet: SubNetwork, numerics: Numerics) -> int:

@@ -17,7 +17,13 @@ from typing import Any, cast
 
 from compressor.engines.bench import summarise, time_workload
 from compressor.engines.host import HostWatch, host_conditions
-from compressor.engines.memory import peak_bytes, reset_peak, resident_bytes
+from compressor.engines.memory import (
+    peak_bytes,
+    reset_peak,
+    resident_bytes,
+    vllm_batch_tokens,
+    vllm_cache_bytes,
+)
 from compressor.engines.vllm_package import package_config, read_config
 from compressor.engines.vllm_weights import FLOAT_TYPES, VllmNumerics
 from compressor.errors import InputError, UnfitMachineError
@@ -27,8 +33,7 @@ from compressor.space import SubNetwork
 
 PIP_LINE = "pip install 'edge-compressor[vllm]' (on a CPU: `make setup-vllm`, then .venv-vllm/bin/compress)"
 UNKNOWN = "unknown"
-BLOCK_TOKENS = 128
-"""Tokens of a block of vLLM's key-value cache on CPUs."""
+GPU_SHARE = 0.95
 
 
 @dataclass
@@ -142,8 +147,9 @@ class VllmEngine:
                 disable_log_stats=True,
                 max_model_len=length,
                 max_num_seqs=workload.concurrency,
-                max_num_batched_tokens=max(2048, workload.concurrency * workload.prompt_tokens),
+                max_num_batched_tokens=vllm_batch_tokens(workload),
                 kv_cache_memory_bytes=self._cache_bytes(subnet, workload, numerics),
+                **_gpu_share(),
                 **options,
             )
         except (RuntimeError, ValueError, MemoryError, OSError) as error:
@@ -157,10 +163,8 @@ class VllmEngine:
     def _cache_bytes(self, subnet: SubNetwork, workload: Workload, numerics: VllmNumerics) -> int:
         config = self._config
         head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-        element = FLOAT_TYPES[numerics].itemsize
-        per_token = 2 * subnet.depth * int(config["num_key_value_heads"]) * int(head_dim) * element
-        blocks = -(-(workload.prompt_tokens + workload.output_tokens) // BLOCK_TOKENS) + 1
-        return per_token * BLOCK_TOKENS * (blocks * workload.concurrency + 1)
+        kv_size = int(config["num_key_value_heads"]) * int(head_dim)
+        return vllm_cache_bytes(subnet.depth, kv_size, workload, FLOAT_TYPES[numerics].itemsize)
 
 
 class VllmRunner:
@@ -239,6 +243,16 @@ def _threads() -> int:
     import torch
 
     return torch.get_num_threads()
+
+
+def _gpu_share() -> dict[str, float]:
+    """What vLLM may take of a GPU: what is free now, since a super-network may lie there too."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return {}
+    free, total = torch.cuda.mem_get_info()
+    return {"gpu_memory_utilization": GPU_SHARE * free / total}
 
 
 def _cuda_peak() -> int:

@@ -21,6 +21,8 @@ from compressor.engines.model_card import write_model_card
 from compressor.engines.source import Source
 from compressor.engines.vllm_weights import (
     FLOAT_TYPES,
+    LARGEST,
+    LARGEST_NARROW,
     VllmNumerics,
     check_tensors,
     plan_tensors,
@@ -64,22 +66,24 @@ def write_package(
     *,
     numerics: str = "int8",
     portable: bool = False,
+    narrow: bool = False,
     score: Callable[[Path], list[Accuracy]] | None = None,
 ) -> Manifest:
     """Write the package of a sub-network of the super-network in folder ``supernet``.
 
     ``fields`` go to the manifest (``name`` and ``base_model`` at least). ``numerics`` is ``int8``,
     ``bf16`` or ``fp32``. ``portable`` zero-pads every MLP to the widest one, so that vLLM serves the
-    package without our plugin, at more bytes and less speed. ``folder`` must not exist; it is whole or
-    absent, and what is on the disk has been compared with what was meant. ``score`` gives the accuracy of
-    what lies in a folder, for the manifest and the model card.
+    package without our plugin, at more bytes and less speed. ``narrow`` keeps INT8 weights within 7 bits,
+    for CPUs on which sums of full ones saturate (``cpu.saturates``). ``folder`` must not exist; it is
+    whole or absent, and what is on the disk has been compared with what was meant. ``score`` gives the
+    accuracy of what lies in a folder, for the manifest and the model card.
 
     Raises ``InputError`` for numerics vLLM cannot serve or a damaged super-network, and
     ``PackageError`` if the package cannot be written.
     """
     _check_numerics(subnet, numerics)
     with whole_folder(folder) as scratch:
-        return _fill(supernet, subnet, scratch, fields, cast(VllmNumerics, numerics), portable, score)
+        return _fill(supernet, subnet, scratch, fields, cast(VllmNumerics, numerics), portable, narrow, score)
 
 
 def package_config(
@@ -151,13 +155,15 @@ def _fill(
     fields: Mapping[str, Any],
     numerics: VllmNumerics,
     portable: bool,
+    narrow: bool,
     score: Callable[[Path], list[Accuracy]] | None,
 ) -> Manifest:
     base = read_config(supernet)
     config = package_config(base, subnet, numerics, portable)
     tied = bool(base.get("tie_word_embeddings"))
     source = Source(supernet)
-    entries = plan_tensors(source, subnet, numerics, tied, max(subnet.widths) if portable else 0)
+    pad_to = max(subnet.widths) if portable else 0
+    entries = plan_tensors(source, subnet, numerics, tied, pad_to, LARGEST_NARROW if narrow else LARGEST)
     path = folder / WEIGHTS_NAME
     write_tensors(entries, path)
     check_tensors(entries, path)
@@ -178,6 +184,7 @@ def _fill(
         | {
             "engine": "vllm",
             "numerics": numerics,
+            "narrow_weights": narrow,
             "architecture": Architecture(**subnet.to_dict()),
             "parameters": sum(entry.elements for entry in unpadded),
             "weight_bytes": sum(entry.nbytes for entry in entries),

@@ -27,6 +27,10 @@ VllmNumerics = Literal["int8", "bf16", "fp32"]
 FLOAT_TYPES: dict[str, torch.dtype] = {"int8": torch.bfloat16, "bf16": torch.bfloat16, "fp32": torch.float32}
 """What stays in floating point under each numerics: embeddings, norms, biases."""
 
+LARGEST, LARGEST_NARROW = 127, 63
+"""The largest weight of a row in INT8, and where CPUs add two products of bytes in 16 bits: 2 * 255 * 63 fits
+there, more would saturate. (oneDNN's developer guide, "Nuances of int8 computations".)"""
+
 _NAMES = {torch.int8: "I8", torch.bfloat16: "BF16", torch.float32: "F32"}
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 _WIDE_ROWS = ("mlp.gate_proj.", "mlp.up_proj.")
@@ -52,7 +56,12 @@ class Entry:
 
 
 def plan_tensors(
-    source: Source, subnet: SubNetwork, numerics: VllmNumerics, tied: bool, pad_to: int = 0
+    source: Source,
+    subnet: SubNetwork,
+    numerics: VllmNumerics,
+    tied: bool,
+    pad_to: int = 0,
+    largest: int = LARGEST,
 ) -> list[Entry]:
     """The package's tensors in the order they are written, none of them read yet.
 
@@ -72,9 +81,8 @@ def plan_tensors(
         elif (layer := int(found[1])) in position:
             new = position[layer]
             width = subnet.widths[new]
-            entries += _of_layer(
-                source, name, f"model.layers.{new}.{found[2]}", width, max(width, pad_to), numerics
-            )
+            target = f"model.layers.{new}.{found[2]}"
+            entries += _of_layer(source, name, target, width, max(width, pad_to), numerics, largest)
     return sorted(entries, key=lambda entry: (-entry.dtype.itemsize, entry.name))
 
 
@@ -115,19 +123,26 @@ def check_tensors(entries: Sequence[Entry], path: Path) -> None:
                 )
 
 
-def channel_scales(weight: Tensor) -> Tensor:
+def channel_scales(weight: Tensor, largest: int = LARGEST) -> Tensor:
     """The scale of each output channel of a matrix [N, K]: fp32 [N, 1], 1 for a row of zeros."""
-    scales = weight.float().abs().amax(dim=1, keepdim=True) / 127
+    scales = weight.float().abs().amax(dim=1, keepdim=True) / largest
     return torch.where(scales == 0, torch.ones_like(scales), scales)
 
 
-def quantize_channels(weight: Tensor) -> Tensor:
+def quantize_channels(weight: Tensor, largest: int = LARGEST) -> Tensor:
     """A matrix [N, K] as int8 multiples of ``channel_scales``."""
-    return (weight.float() / channel_scales(weight)).round_().clamp_(-127, 127).to(torch.int8)
+    scaled = weight.float() / channel_scales(weight, largest)
+    return scaled.round_().clamp_(-largest, largest).to(torch.int8)
 
 
 def _of_layer(
-    source: Source, name: str, target: str, width: int, padded: int, numerics: VllmNumerics
+    source: Source,
+    name: str,
+    target: str,
+    width: int,
+    padded: int,
+    numerics: VllmNumerics,
+    largest: int,
 ) -> list[Entry]:
     """A decoder layer's tensor: sliced to ``width`` neurons, padded with zeros, quantized if a matrix."""
     shape = source.shape_of(name)
@@ -146,8 +161,8 @@ def _of_layer(
         return _padded(source.read(name, kept), full)
 
     return [
-        Entry(target, torch.int8, full, lambda: quantize_channels(matrix())),
-        Entry(f"{target}_scale", torch.float32, (full[0], 1), lambda: channel_scales(matrix())),
+        Entry(target, torch.int8, full, lambda: quantize_channels(matrix(), largest)),
+        Entry(f"{target}_scale", torch.float32, (full[0], 1), lambda: channel_scales(matrix(), largest)),
     ]
 
 

@@ -7,16 +7,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from compressor.engines.memory import required_memory_bytes
+from compressor.engines.memory import required_memory_bytes, shipped_weight_bytes
 from compressor.errors import CompressorError, UnfitMachineError
 from compressor.evaluation.racing import Raced
 from compressor.evaluation.score import CONFIDENCE_Z, Score, paired_difference
 from compressor.ledger import Key, Ledger, Row, Status
 from compressor.measurement import Measurement
-from compressor.profile import Workload
+from compressor.profile import EngineName, Workload
 from compressor.search.front import Tied
 from compressor.search.problem import Outcome
-from compressor.space import ModelShape, Numerics, SubNetwork, weight_bytes
+from compressor.space import ModelShape, Numerics, SubNetwork
 
 MEASURE = "measure"
 PREDICTED = "measure:predicted"
@@ -36,7 +36,7 @@ class Terms:
     score_numerics: Numerics
     numerics: Numerics
     device: str
-    engine: str
+    engine: EngineName
     workload: Workload
     racing: bool = False
 
@@ -62,12 +62,16 @@ class Terms:
 
     def memory_bytes(self, subnet: SubNetwork) -> int:
         """Bytes that serving the workload takes."""
-        return required_memory_bytes(self.shape, subnet, self.workload, self.numerics).total
+        return required_memory_bytes(self.shape, subnet, self.workload, self.numerics, self.engine).total
+
+    def weight_bytes(self, subnet: SubNetwork) -> int:
+        """Bytes of its weights as the package holds them."""
+        return shipped_weight_bytes(self.shape, subnet, self.numerics, self.engine)
 
     def outcome(self, subnet: SubNetwork, rows: tuple[Row, ...]) -> Outcome:
         """The figures of both rows and those that are computed."""
         values = {
-            "weight_bytes": float(weight_bytes(self.shape, subnet, self.numerics)),
+            "weight_bytes": float(self.weight_bytes(subnet)),
             "memory_bytes": float(self.memory_bytes(subnet)),
         }
         for row in rows:

@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from compressor import cpu, device
 from compressor.cluster import Cluster
 from compressor.device import Machine
 from compressor.engines.apart import bench_apart
@@ -37,7 +38,16 @@ class Context:
     @cached_property
     def device_label(self) -> str:
         """What figures are filed under: the device that measures, this machine or a node of the cluster."""
-        return self.cluster.device() if self.cluster else self.machine.cpu_label
+        return self.cluster.device() if self.cluster else device.label(self.request.profile, self.machine)
+
+    @property
+    def measures_on_this_cpu(self) -> bool:
+        return self.cluster is None and self.request.profile.device.kind == "cpu"
+
+    @property
+    def narrow(self) -> bool:
+        """Whether INT8 weights for vLLM stay within 7 bits, for the device that serves."""
+        return self.request.profile.device.kind == "cpu" and cpu.saturates(self.machine.isa)
 
     @property
     def bench(self) -> Callable[..., Measurement]:

@@ -7,34 +7,28 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from compressor.engines.onnxruntime import OnnxRuntimeEngine
 from compressor.manifest import Accuracy, BudgetVerdict, Speed
 from compressor.pipeline.accuracy import AccuracyTask
 from compressor.pipeline.context import Context
 from compressor.pipeline.plan import Plan
 from compressor.pipeline.replanning import GIB, budget_limits
+from compressor.pipeline.targets import Target
 from compressor.pipeline.winner import Finalist
 
 
 def package(
     context: Context,
     plan: Plan,
-    engine: OnnxRuntimeEngine,
+    target: Target,
     task: AccuracyTask,
     finalist: Finalist,
     folder: Path,
 ) -> None:
     """Write the finalist, which is proved already, to ``folder``, replacing a package of this run."""
-    profile = context.request.profile
     scratch = folder.with_name(folder.name + ".new")
     shutil.rmtree(scratch, ignore_errors=True)
-    engine.write(
-        finalist.subnet,
-        scratch,
-        manifest_fields(context, plan, task, finalist),
-        numerics=profile.numerics,
-        fine_inputs=finalist.exactness.fine_inputs,
-    )
+    fields = manifest_fields(context, plan, task, finalist)
+    target.write(finalist.subnet, scratch, fields, finalist.exactness)
     shutil.rmtree(folder, ignore_errors=True)
     scratch.rename(folder)
 
@@ -48,7 +42,7 @@ def manifest_fields(context: Context, plan: Plan, task: AccuracyTask, finalist: 
         "base_revision": plan.source.revision,
         "license": plan.source.license,
         "profile": profile.name,
-        "divergence_nats": finalist.exactness.divergence_nats,
+        "divergence_nats": finalist.divergence_nats,
         "accuracy": [accuracy_entry(task, finalist.report_score.metrics)],
         "speed": [
             Speed(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from compressor import models
+from compressor import cpu, device, models
 from compressor.engines import gguf_file, hf_folder, onnx_export, onnx_package, vllm_package
 from compressor.engines.onnx_store import UNQUANTIZED
 from compressor.engines.vllm_score import vllm_python
@@ -31,6 +31,8 @@ class Origin:
     supernet: Path
     subnet: SubNetwork
     fields: Mapping[str, Any]
+    narrow: bool
+    """Whether vLLM's INT8 weights stay within 7 bits: for a CPU on which sums of full ones saturate."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,14 @@ def package_for(run: Path, engine: str, pick: str, out: Path | None, listener: L
         def score(folder: Path) -> list[Accuracy]:
             return _scored_in_vllm(folder, origin.subnet, workshop.task, listener)
 
-        vllm_package.write_package(origin.supernet, origin.subnet, target, origin.fields, score=score)
+        vllm_package.write_package(
+            origin.supernet,
+            origin.subnet,
+            target,
+            origin.fields,
+            narrow=origin.narrow,
+            score=score,
+        )
     return target
 
 
@@ -119,7 +128,8 @@ def _of_run(folder: RunFolder, subnet: SubNetwork) -> Origin:
         "base_revision": model.revision,
         "license": model.license,
     }
-    return Origin(folder.supernet, subnet, fields)
+    narrow = stored_request(folder).profile.device.kind == "cpu" and cpu.this_saturates()
+    return Origin(folder.supernet, subnet, fields, narrow)
 
 
 def _whole_model(folder: Path) -> Origin:
@@ -129,7 +139,8 @@ def _whole_model(folder: Path) -> Origin:
     shape = models.read_shape(model)
     layers = tuple(range(shape.num_layers))
     fields = {"name": model.name, "base_model": model.name, "license": model.license}
-    return Origin(folder, SubNetwork(layers, (shape.intermediate_size,) * len(layers)), fields)
+    narrow = cpu.this_saturates() and not device.detect().gpus
+    return Origin(folder, SubNetwork(layers, (shape.intermediate_size,) * len(layers)), fields, narrow)
 
 
 def _winner(folder: RunFolder) -> SubNetwork:
@@ -154,7 +165,13 @@ def _write_hf(origin: Origin, target: Path, numerics: str, _portable: bool) -> N
 
 def _write_vllm(origin: Origin, target: Path, numerics: str, portable: bool) -> None:
     vllm_package.write_package(
-        origin.supernet, origin.subnet, target, origin.fields, numerics=numerics, portable=portable
+        origin.supernet,
+        origin.subnet,
+        target,
+        origin.fields,
+        numerics=numerics,
+        portable=portable,
+        narrow=origin.narrow,
     )
 
 

@@ -12,12 +12,12 @@ import numpy as np
 from compressor import device, models
 from compressor.device import Machine
 from compressor.engines.base import MemoryEstimate
-from compressor.engines.memory import required_memory_bytes
+from compressor.engines.memory import served_memory, shipped_weight_bytes
 from compressor.errors import InfeasibleError, UnfitMachineError
 from compressor.models import ModelSource
 from compressor.profile import Profile
 from compressor.request import RunRequest
-from compressor.space import ModelShape, SearchSpace, parameter_count, weight_bytes
+from compressor.space import ModelShape, SearchSpace, parameter_count
 from compressor.supernet.config import adapter_parameters, check_rank
 
 TRAINING_BYTES_PER_PARAMETER = 18
@@ -64,8 +64,8 @@ def make_plan(request: RunRequest, machine: Machine, parent: Path = Path()) -> P
     source = models.resolve(request.model)
     shape = models.read_shape(source)
     space = profile_space(shape, profile)
-    full = required_memory_bytes(shape, space.full, profile.workload, profile.numerics)
-    smallest = required_memory_bytes(shape, space.smallest, profile.workload, profile.numerics)
+    full = served_memory(shape, space.full, profile)
+    smallest = served_memory(shape, space.smallest, profile)
     check_memory_budget(profile, smallest)
     peak = tuning_memory_bytes(request, shape)
     disk = parameter_count(shape, space.full) * EXPORT_BYTES_PER_PARAMETER
@@ -75,7 +75,7 @@ def make_plan(request: RunRequest, machine: Machine, parent: Path = Path()) -> P
         shape=shape,
         space=space,
         evaluations=request.effort.evaluations,
-        full_weight_bytes=weight_bytes(shape, space.full, profile.numerics),
+        full_weight_bytes=shipped_weight_bytes(shape, space.full, profile.numerics, profile.engine),
         full_memory=full,
         smallest_memory=smallest,
         stage_seconds=estimate_seconds(request, shape, space, matrix_flops()),
@@ -142,10 +142,13 @@ def plan_warnings(profile: Profile, machine: Machine, full: MemoryEstimate, peak
         found.append(
             "the unpruned model meets the memory budget already: the search looks for a smaller or faster one"
         )
-    if peak > machine.memory_available_bytes:
+    on_gpu = bool(machine.gpus)
+    room = machine.gpus[0].memory_bytes if on_gpu else machine.memory_available_bytes
+    if peak > room:
+        remedy = "tune adapters with --lora-rank 16" if on_gpu else "close other programs"
         found.append(
-            f"fine-tuning wants about {peak / 2**30:.1f} GiB of memory and "
-            f"{machine.memory_available_bytes / 2**30:.1f} GiB are free: close other programs"
+            f"fine-tuning wants about {peak / 2**30:.1f} GiB of memory and {room / 2**30:.1f} GiB are "
+            f"{'on the GPU' if on_gpu else 'free'}: {remedy}"
         )
     return found
 

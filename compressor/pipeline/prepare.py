@@ -64,13 +64,26 @@ def prepare(context: Context, plan: Plan) -> tuple[SupernetInfo, SearchSpace]:
     )
     info = read_info(context.folder.supernet)
     space = replace(plan.space, drop_order=info.drop_order)
-    _export_stage(context, info, space)
+    if context.request.profile.engine == "onnxruntime":
+        _export_stage(context, info, space)
     return info, space
 
 
 def load_base(context: Context, dtype: torch.dtype = torch.bfloat16) -> LoadedModel:
     """The unpruned model from the run's own copy."""
     return models.load(models.resolve(str(context.folder.base)), dtype)
+
+
+def load_to_compute(context: Context) -> LoadedModel:
+    """The unpruned model where and in what this run computes."""
+    loaded = load_base(context, compute_dtype(context))
+    loaded.model.to(compute_device())
+    return loaded
+
+
+def compute_device() -> torch.device:
+    """Where text is written, the super-network tuned and sub-networks scored: a GPU if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def compute_dtype(context: Context) -> torch.dtype:
@@ -85,7 +98,8 @@ def _base_stage(context: Context, plan: Plan) -> Result:
 
     def work() -> Result:
         replace_folder(context.folder.base, fill)
-        compute = str(fastest_cpu_dtype()).removeprefix("torch.")
+        dtype = torch.bfloat16 if compute_device().type == "cuda" else fastest_cpu_dtype()
+        compute = str(dtype).removeprefix("torch.")
         return {"weights": weights_hash(context.folder.base), "compute": compute}
 
     return run_stage(context, "base", "Loading the model", asdict(plan.source), work)
@@ -105,7 +119,7 @@ def _text_stage(context: Context, base: Result) -> Result:
         context.listener(StageProgress("text", done, total))
 
     def work() -> Result:
-        loaded = load_base(context, compute_dtype(context))
+        loaded = load_to_compute(context)
         sequences = effort.text_sequences + effort.score_sequences
         sampled = sample_text(
             loaded.model,
@@ -129,7 +143,7 @@ def _text_stage(context: Context, base: Result) -> Result:
 
 def _tune(context: Context, plan: Plan) -> Result:
     effort, seed = context.request.effort, context.request.seed
-    loaded = load_base(context, compute_dtype(context))
+    loaded = load_to_compute(context)
     with np.load(_training_text(context)) as data:
         text = torch.from_numpy(data["ids"].astype(np.int64))
     context.say("ranking neurons and layers on text of the unpruned model")
@@ -168,7 +182,7 @@ def _tune(context: Context, plan: Plan) -> Result:
 
     def save(path: Path) -> None:
         path.mkdir(parents=True)
-        loaded.model.to(torch.bfloat16)
+        loaded.model.to("cpu", torch.bfloat16)
         save_supernet(loaded.model, loaded.tokenizer, importance.drop_order, importance.ordering, path)
 
     replace_folder(context.folder.supernet, save)

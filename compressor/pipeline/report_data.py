@@ -5,20 +5,21 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 
+from compressor.engines.memory import shipped_weight_bytes
 from compressor.ledger import Row
 from compressor.measurement import Measurement
 from compressor.pipeline.accuracy import AccuracyTask
 from compressor.pipeline.context import Context
 from compressor.pipeline.plan import Plan
-from compressor.pipeline.references import QUANTIZED, ReferenceSet
+from compressor.pipeline.references import PYTORCH, ReferenceSet
 from compressor.pipeline.replanning import GIB, budget_limits
 from compressor.pipeline.winner import Finalist
 from compressor.report import data as report
 from compressor.search.front import pareto_front
 from compressor.search.problem import Outcome, Problem
-from compressor.space import Numerics, parameter_count, weight_bytes
+from compressor.space import Numerics, parameter_count
 
-REFERENCE_NAMES = {"bf16": "unpruned, bf16 in PyTorch", "int8": "unpruned, INT8", "int4": "unpruned, INT4"}
+REFERENCE_NAMES = {"bf16": "unpruned, bf16", "int8": "unpruned, INT8", "int4": "unpruned, INT4"}
 CURVES = ("super", "sub", "held-out")
 
 
@@ -83,23 +84,28 @@ def _candidates(problem: Problem, outcomes: Sequence[Outcome]) -> tuple[report.C
 
 def _references(context: Context, plan: Plan, references: ReferenceSet) -> list[report.Reference]:
     found = []
-    numerics: Numerics
-    for numerics in ("bf16", *QUANTIZED):
+    engine = context.request.profile.engine
+    for numerics in references.numerics:
         speed = context.ledger.get(references.speed_key(numerics))
         scores = {s: context.ledger.get(references.score_key(numerics, s)) for s in references.task.splits}
         if speed is None:
             continue
         found.append(
             report.Reference(
-                name=REFERENCE_NAMES[numerics],
+                name=_reference_name(references, numerics),
                 numerics=numerics,
-                weight_bytes=weight_bytes(plan.shape, references.full, numerics),
+                weight_bytes=shipped_weight_bytes(plan.shape, references.full, numerics, engine),
                 accuracy=_row_score(scores["report"]),
                 search_accuracy=_row_score(scores["search"]),
                 speed=_speed(Measurement.from_metrics(speed.metrics)),
             )
         )
     return found
+
+
+def _reference_name(references: ReferenceSet, numerics: Numerics) -> str:
+    elsewhere = " in PyTorch" if references.engine(numerics) == PYTORCH else ""
+    return REFERENCE_NAMES[numerics] + elsewhere
 
 
 def _winner(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -17,9 +17,8 @@ from compressor import device
 from compressor.cluster import Cluster, joined
 from compressor.engines import verify_package
 from compressor.engines.host import require_free_memory
-from compressor.engines.onnxruntime import OnnxCandidate, OnnxRuntimeEngine
 from compressor.engines.rounding import RoundedWeights
-from compressor.errors import InputError, RunConflictError, UnfitMachineError
+from compressor.errors import InputError, RunConflictError
 from compressor.evaluation.agreement import AgreementText
 from compressor.evaluation.racing import Raced
 from compressor.evaluation.score import Score
@@ -32,11 +31,12 @@ from compressor.pipeline.candidates import Evaluator, Terms, known_outcomes
 from compressor.pipeline.context import Context, Result, logged, run_stage
 from compressor.pipeline.deliver import package
 from compressor.pipeline.plan import Plan, make_plan
-from compressor.pipeline.prepare import base_export, compute_dtype, load_base, prepare, supernet_export
+from compressor.pipeline.prepare import compute_device, compute_dtype, load_base, load_to_compute, prepare
 from compressor.pipeline.racing import rivals
 from compressor.pipeline.references import ReferenceSet
 from compressor.pipeline.report_data import collect
 from compressor.pipeline.searching import make_problem, search
+from compressor.pipeline.targets import Target, check_target, make_target
 from compressor.pipeline.verdict import Verdict
 from compressor.pipeline.winner import FINAL_SECONDS_FACTOR, Finalist, decide, finish
 from compressor.report.data import ReportData
@@ -65,6 +65,7 @@ class Workshop:
         """What sub-networks are scored in: with its weights as they are, or rounded where that sets them
         apart, as 4 bits do and 8 don't."""
         model, _, _ = load_supernet(self.context.folder.supernet, compute_dtype(self.context))
+        model.to(compute_device())
         if not self._rounds:
             return Elastic(model)
         return Elastic(
@@ -91,8 +92,8 @@ class Workshop:
         return AutoTokenizer.from_pretrained(self.context.folder.supernet)
 
     @cached_property
-    def engine(self) -> OnnxRuntimeEngine:
-        return OnnxRuntimeEngine(supernet_export(self.context), self.context.request.threads)
+    def target(self) -> Target:
+        return make_target(self.context, self.space.full)
 
     @cached_property
     def task(self) -> AccuracyTask:
@@ -128,7 +129,10 @@ class Workshop:
         seconds = FINAL_SECONDS_FACTOR * self.context.request.effort.bench_seconds
         base = str(self.context.folder.result("base")["weights"])
         whole = SubNetwork(self.space.full.layers, self.space.full.widths)
-        return ReferenceSet(self.context, self.task, whole, base, seconds)
+        return ReferenceSet(self.context, self.target, self.task, whole, base, seconds)
+
+    def close(self) -> None:
+        self.target.close()
 
     def _score(self, subnet: SubNetwork) -> Score:
         with self.supernet.activated(subnet) as model:
@@ -140,36 +144,16 @@ class Workshop:
             return self.task.race_model(model, against, "search", self.shared)
 
     def _bench(self, subnet: SubNetwork) -> Measurement:
-        """Measured here or on the cluster's node. Where other load disturbs it here, again in turns with
-        the full super-network, so that its figures carry their ratio to that."""
-        request = self.context.request
-        workload, seconds = request.profile.workload, request.effort.bench_seconds
-        if self.context.cluster is not None:
-            return self.context.bench(
-                self.engine.export.folder,
-                subnet,
-                workload,
-                numerics=request.profile.numerics,
-                threads=request.threads,
-                max_seconds=seconds,
-            )
-        require_free_memory(self.terms.memory_bytes(subnet))
-        candidate = self.engine.build(subnet, request.profile.numerics)
-        measured = self.engine.bench(candidate, workload, max_seconds=seconds)
-        if "unfit" not in measured.conditions:
-            return measured
-        return self.engine.bench_against(candidate, self._reference, workload, max_seconds=seconds / 2)
-
-    @cached_property
-    def _reference(self) -> OnnxCandidate:
-        return self.engine.build(self.space.full, self.context.request.profile.numerics)
+        if self.context.measures_on_this_cpu:
+            require_free_memory(self.terms.memory_bytes(subnet))
+        return self.target.bench(subnet)
 
 
 def execute(path: Path, request: RunRequest, listener: Listener) -> Verdict:
     """Do the run, or what is left of it. Raises ``CompressorError``; what was paid for is kept."""
     machine = device.detect()
     plan = make_plan(request, machine, path)
-    check_engine(request)
+    check_target(request)
     check_tasks(request)
     folder = RunFolder.create_or_update(path, request.model_dump(mode="json"))
     with (
@@ -182,10 +166,10 @@ def execute(path: Path, request: RunRequest, listener: Listener) -> Verdict:
         for warning in plan.warnings:
             context.warn(warning)
         info, space = prepare(context, plan)
-        workshop = Workshop(context, plan, info, space)
-        _pay_references(workshop)
-        outcomes = _search(workshop)
-        finalist = _package(workshop, outcomes)
+        with closing(Workshop(context, plan, info, space)) as workshop:
+            _pay_references(workshop)
+            outcomes = _search(workshop)
+            finalist = _package(workshop, outcomes)
         data = collect(
             context, plan, workshop.problem, workshop.task, outcomes, workshop.references, finalist
         )
@@ -200,18 +184,10 @@ def target_cluster(request: RunRequest) -> AbstractContextManager[Cluster | None
     return joined(request.cluster, request.profile.name) if request.cluster else nullcontext()
 
 
-def check_engine(request: RunRequest) -> None:
-    """Raise ``UnfitMachineError`` where the profile's engine cannot measure on this machine yet."""
-    if request.profile.engine != "onnxruntime":
-        raise UnfitMachineError(
-            f"profile '{request.profile.name}' serves with {request.profile.engine}; runs measure in ONNX "
-            'Runtime only so far: choose a profile with engine = "onnxruntime"'
-        )
-
-
 def _pay_references(workshop: Workshop) -> None:
-    """Measure and score the unpruned model in bf16, INT8 and INT4."""
+    """Measure and score the unpruned model in bf16 and in the engine's quantized numerics."""
     context, references = workshop.context, workshop.references
+    total = len(references.numerics)
     inputs = {
         "base": references.weights,
         "task": [workshop.task.key(split) for split in workshop.task.splits],
@@ -220,13 +196,12 @@ def _pay_references(workshop: Workshop) -> None:
     }
 
     def work() -> Result:
-        engine = OnnxRuntimeEngine(base_export(context), context.request.threads)
-        paying = references.pay(engine, partial(load_base, context), compute_dtype(context))
+        paying = references.pay(partial(load_base, context), partial(load_to_compute, context))
         for done, name in enumerate(paying):
-            context.listener(StageProgress("references", done, 3, name))
+            context.listener(StageProgress("references", done, total, name))
         return {}
 
-    run_stage(context, "references", "Measuring the unpruned model", inputs, work, 3, "references")
+    run_stage(context, "references", "Measuring the unpruned model", inputs, work, total, "references")
 
 
 def _search(workshop: Workshop) -> list[Outcome]:
@@ -245,14 +220,14 @@ def _package(workshop: Workshop, outcomes: list[Outcome]) -> Finalist:
     context, plan = workshop.context, workshop.plan
     context.listener(StageStarted("package", "Packaging the winner"))
     began = time.monotonic()
-    finalist, _ = decide(context, workshop.terms, workshop.engine, workshop.task, outcomes)
+    finalist, _ = decide(context, workshop.terms, workshop.target, workshop.task, outcomes)
     inputs = {"subnet": finalist.subnet.digest, "terms": workshop.terms.to_dict()}
     current = context.folder.is_done("package", inputs) and context.folder.package.is_dir()
     if not current:
-        package(context, plan, workshop.engine, workshop.task, finalist, context.folder.package)
+        package(context, plan, workshop.target, workshop.task, finalist, context.folder.package)
         for line in verify_package(context.folder.package):
             context.say(line)
-        context.folder.mark_done("package", inputs, {"divergence_nats": finalist.exactness.divergence_nats})
+        context.folder.mark_done("package", inputs, {"divergence_nats": finalist.divergence_nats})
     context.listener(StageFinished("package", time.monotonic() - began, skipped=current))
     return finalist
 
@@ -297,8 +272,8 @@ def package_pick(path: Path, pick: str, out: Path | None, listener: Listener) ->
     with reopened(path, listener) as workshop:
         context = workshop.context
         outcome = picked(workshop.problem, known_outcomes(context.ledger, workshop.terms), pick)
-        finalist = finish(context, workshop.terms, workshop.engine, workshop.task, outcome)
-        package(context, workshop.plan, workshop.engine, workshop.task, finalist, target)
+        finalist = finish(context, workshop.terms, workshop.target, workshop.task, outcome)
+        package(context, workshop.plan, workshop.target, workshop.task, finalist, target)
         for line in verify_package(target):
             context.say(line)
     return target
@@ -314,7 +289,9 @@ def reopened(path: Path, listener: Listener) -> Iterator[Workshop]:
         context = Context(folder, request, ledger, machine, listener, cluster)
         plan = make_plan(request, machine, path)
         info = read_info(folder.supernet)
-        yield Workshop(context, plan, info, replace(plan.space, drop_order=info.drop_order))
+        space = replace(plan.space, drop_order=info.drop_order)
+        with closing(Workshop(context, plan, info, space)) as workshop:
+            yield workshop
 
 
 def picked(problem: Problem, outcomes: Sequence[Outcome], pick: str) -> Outcome:

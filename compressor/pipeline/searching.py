@@ -13,7 +13,7 @@ from compressor.profile import Profile
 from compressor.search.algorithms import make_search
 from compressor.search.front import pareto_front
 from compressor.search.problem import ExactConstraint, Objective, Outcome, Problem, check_feasible
-from compressor.space import SearchSpace, SubNetwork, weight_bytes
+from compressor.space import SearchSpace, SubNetwork
 
 MOST_TURNED_AWAY = 20
 """Sub-networks turned away for each one to be evaluated, before a search gives up."""
@@ -23,7 +23,7 @@ def make_problem(profile: Profile, space: SearchSpace, terms: Terms) -> Problem:
     """Accuracy against bytes, within the profile's budgets."""
 
     def size(subnet: SubNetwork) -> float:
-        return float(weight_bytes(space.shape, subnet, profile.numerics))
+        return float(terms.weight_bytes(subnet))
 
     def memory(subnet: SubNetwork) -> float:
         return float(terms.memory_bytes(subnet))

@@ -6,15 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from compressor.engines.onnx_exact import Exactness
-from compressor.engines.onnxruntime import OnnxRuntimeEngine
 from compressor.ledger import Key, Row
 from compressor.measurement import Measurement
 from compressor.pipeline.accuracy import AccuracyTask
-from compressor.pipeline.artefacts import OnnxArtefact
 from compressor.pipeline.candidates import Terms, paired_ties
 from compressor.pipeline.context import Context
-from compressor.pipeline.proof import prove
 from compressor.pipeline.replanning import budget_limits
+from compressor.pipeline.targets import Target
 from compressor.search.front import Choice, choose_winner
 from compressor.search.problem import Outcome
 from compressor.space import SubNetwork
@@ -33,17 +31,22 @@ class Finalist:
     report_score: Row
     search_score: Row
     within_budgets: bool
-    exactness: Exactness
+    exactness: Exactness | None
 
     @property
     def subnet(self) -> SubNetwork:
         return self.outcome.subnet
 
+    @property
+    def divergence_nats(self) -> float | None:
+        """How far its predictions are from its sub-network's; None where that was not compared."""
+        return self.exactness.divergence_nats if self.exactness else None
+
 
 def decide(
     context: Context,
     terms: Terms,
-    engine: OnnxRuntimeEngine,
+    target: Target,
     task: AccuracyTask,
     outcomes: Sequence[Outcome],
 ) -> tuple[Finalist, Choice]:
@@ -56,7 +59,7 @@ def decide(
     while True:
         tied = paired_ties(context.ledger, terms)
         choice = choose_winner(current, budget_limits(context.request.profile), tied)
-        finalist = finish(context, terms, engine, task, choice.nearest)
+        finalist = finish(context, terms, target, task, choice.nearest)
         if choice.winner is None or finalist.within_budgets:
             return finalist, choice
         digest = finalist.subnet.digest
@@ -76,40 +79,31 @@ def _with_measured_memory(outcomes: Sequence[Outcome], terms: Terms, finalist: F
     return [raised(outcome) for outcome in outcomes]
 
 
-def finish(
-    context: Context, terms: Terms, engine: OnnxRuntimeEngine, task: AccuracyTask, outcome: Outcome
-) -> Finalist:
+def finish(context: Context, terms: Terms, target: Target, task: AccuracyTask, outcome: Outcome) -> Finalist:
     """The sub-network measured again, longer and in a process of its own, and scored as it ships.
 
     It is proved first, for what makes it exact enough may cost speed.
     """
     limits = budget_limits(context.request.profile)
-    exactness = prove(context, terms, engine, outcome.subnet)
-    speed = _measured_again(context, terms, engine, outcome.subnet, exactness)
+    exactness = target.prove(terms, outcome.subnet)
+    speed = _measured_again(context, terms, target, outcome.subnet, exactness)
     memory = {"memory_bytes": float(speed.peak_memory_bytes)}
     again = replace(outcome, values={**outcome.values, **speed.metrics(), **memory})
     within = all(again.values[name] <= limit for name, limit in limits.items())
     scores = {
-        split: _scored(context, terms, engine, task, again.subnet, exactness, split) for split in task.splits
+        split: _scored(context, terms, target, task, again.subnet, exactness, split) for split in task.splits
     }
     return Finalist(again, speed, scores["report"], scores["search"], within, exactness)
 
 
 def _measured_again(
-    context: Context, terms: Terms, engine: OnnxRuntimeEngine, subnet: SubNetwork, exactness: Exactness
+    context: Context, terms: Terms, target: Target, subnet: SubNetwork, exactness: Exactness | None
 ) -> Measurement:
     key = replace(terms.speed_key(subnet), task=FINAL_MEASURE, numerics=_shipped(terms, exactness))
     row = context.ledger.get(key)
     if row is None:
-        speed = context.bench(
-            engine.export.folder,
-            subnet,
-            context.request.profile.workload,
-            numerics=terms.numerics,
-            threads=context.request.threads,
-            max_seconds=FINAL_SECONDS_FACTOR * context.request.effort.bench_seconds,
-            fine_inputs=exactness.fine_inputs,
-        )
+        seconds = FINAL_SECONDS_FACTOR * context.request.effort.bench_seconds
+        speed = target.bench_longer(subnet, exactness, seconds)
         row = context.ledger.put(Row(key, subnet, speed.metrics(), details=dict(speed.conditions)))
     return Measurement.from_metrics(row.metrics, row.details)
 
@@ -117,22 +111,22 @@ def _measured_again(
 def _scored(
     context: Context,
     terms: Terms,
-    engine: OnnxRuntimeEngine,
+    target: Target,
     task: AccuracyTask,
     subnet: SubNetwork,
-    exactness: Exactness,
+    exactness: Exactness | None,
     split: str,
 ) -> Row:
     numerics = _shipped(terms, exactness)
     key = Key(subnet.digest, terms.weights, task.key(split), numerics, engine=terms.engine)
     row = context.ledger.get(key)
     if row is None:
-        candidate = engine.build(subnet, terms.numerics, exactness.fine_inputs)
-        score = task.score_artefact(OnnxArtefact(engine, candidate), split)
+        with target.artefact(subnet, exactness) as artefact:
+            score = task.score_artefact(artefact, split)
         row = context.ledger.put(Row(key, subnet, score.metrics(), items=score.items))
     return row
 
 
-def _shipped(terms: Terms, exactness: Exactness) -> str:
+def _shipped(terms: Terms, exactness: Exactness | None) -> str:
     """Numerics in the ledger of what ships, set apart from those of candidates where they differ."""
-    return f"{terms.numerics}+fine" if exactness.fine_inputs else terms.numerics
+    return f"{terms.numerics}+fine" if exactness and exactness.fine_inputs else terms.numerics

@@ -1,0 +1,262 @@
+"""The engine that will serve, as a run uses it: it measures sub-networks, scores what ships, writes it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+from compressor.engines import vllm_package
+from compressor.engines.onnx_exact import Exactness
+from compressor.engines.onnxruntime import OnnxCandidate, OnnxRuntimeEngine
+from compressor.engines.vllm_score import vllm_python
+from compressor.engines.vllm_worker import VllmWorker
+from compressor.errors import InputError, UnfitMachineError
+from compressor.measurement import Measurement
+from compressor.pipeline.artefacts import Artefact, OnnxArtefact, VllmArtefact
+from compressor.pipeline.candidates import Terms
+from compressor.pipeline.context import Context
+from compressor.pipeline.prepare import base_export, supernet_export
+from compressor.pipeline.proof import prove
+from compressor.request import RunRequest
+from compressor.space import Numerics, SubNetwork
+
+PIP_LINE = "pip install 'edge-compressor[vllm]' (on a CPU: `make setup-vllm`)"
+
+
+class Target(Protocol):
+    """Measures and packages sub-networks of a run's super-network, and its unpruned model."""
+
+    reference_numerics: tuple[Numerics, ...]
+    """In what quantized numerics the engine measures the unpruned model."""
+    measures_bf16: bool
+    """Whether it measures that in bf16 too."""
+
+    def bench(self, subnet: SubNetwork) -> Measurement:
+        """A candidate of the search, measured for the request's time."""
+        ...
+
+    def bench_longer(self, subnet: SubNetwork, exactness: Exactness | None, seconds: float) -> Measurement:
+        """A finalist as it ships, in a process of its own."""
+        ...
+
+    def bench_unpruned(self, subnet: SubNetwork, numerics: Numerics, seconds: float) -> Measurement: ...
+
+    def prove(self, terms: Terms, subnet: SubNetwork) -> Exactness | None:
+        """That what ships predicts what its sub-network does, and what it takes for that; None where
+        there is nothing to choose."""
+        ...
+
+    def artefact(self, subnet: SubNetwork, exactness: Exactness | None) -> AbstractContextManager[Artefact]:
+        """A finalist as it ships, to be scored."""
+        ...
+
+    def unpruned_artefact(
+        self, subnet: SubNetwork, numerics: Numerics
+    ) -> AbstractContextManager[Artefact]: ...
+
+    def write(
+        self, subnet: SubNetwork, folder: Path, fields: Mapping[str, Any], exactness: Exactness | None
+    ) -> None:
+        """Write a finalist's package."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def make_target(context: Context, largest: SubNetwork) -> Target:
+    """The profile's engine; ``largest`` is the super-network, beside which others may be measured."""
+    if context.request.profile.engine == "vllm":
+        return VllmTarget(context)
+    return OnnxTarget(context, largest)
+
+
+def check_target(request: RunRequest) -> None:
+    """Raise ``UnfitMachineError`` where the profile's engine is not installed, ``InputError`` where it
+    cannot serve what the profile asks for."""
+    profile = request.profile
+    if profile.engine != "vllm":
+        return
+    if request.cluster:
+        raise InputError(
+            f"profile '{profile.name}' serves with vLLM, which is measured on the machine itself: run there, "
+            "without --cluster"
+        )
+    if profile.numerics != "int8" or profile.layer_bits != (8,):
+        raise InputError(
+            f"profile '{profile.name}' asks vLLM for weights of 4 bits, which its packages don't have: "
+            'set numerics = "int8" without bits, or engine = "onnxruntime"'
+        )
+    if vllm_python() is None:
+        raise UnfitMachineError(f"profile '{profile.name}' serves with vLLM, which is not here: {PIP_LINE}")
+
+
+class OnnxTarget:
+    """ONNX Runtime: candidates are graphs over the super-network's quantized weights."""
+
+    reference_numerics: tuple[Numerics, ...] = ("int8", "int4")
+    measures_bf16 = False
+
+    def __init__(self, context: Context, largest: SubNetwork) -> None:
+        self._context, self._largest = context, largest
+        self._profile = context.request.profile
+
+    @cached_property
+    def engine(self) -> OnnxRuntimeEngine:
+        return OnnxRuntimeEngine(supernet_export(self._context), self._context.request.threads)
+
+    @cached_property
+    def _base(self) -> OnnxRuntimeEngine:
+        return OnnxRuntimeEngine(base_export(self._context), self._context.request.threads)
+
+    @cached_property
+    def _reference(self) -> OnnxCandidate:
+        return self.engine.build(self._largest, self._profile.numerics)
+
+    def bench(self, subnet: SubNetwork) -> Measurement:
+        """Measured here or on the cluster's node. Where other load disturbs it here, again in turns with
+        the full super-network, so that its figures carry their ratio to that."""
+        workload, seconds = self._profile.workload, self._context.request.effort.bench_seconds
+        if self._context.cluster is not None:
+            return self._apart(self.engine, subnet, self._profile.numerics, seconds)
+        candidate = self.engine.build(subnet, self._profile.numerics)
+        measured = self.engine.bench(candidate, workload, max_seconds=seconds)
+        if "unfit" not in measured.conditions:
+            return measured
+        return self.engine.bench_against(candidate, self._reference, workload, max_seconds=seconds / 2)
+
+    def bench_longer(self, subnet: SubNetwork, exactness: Exactness | None, seconds: float) -> Measurement:
+        return self._apart(self.engine, subnet, self._profile.numerics, seconds, _fine(exactness))
+
+    def bench_unpruned(self, subnet: SubNetwork, numerics: Numerics, seconds: float) -> Measurement:
+        return self._apart(self._base, subnet, numerics, seconds)
+
+    def prove(self, terms: Terms, subnet: SubNetwork) -> Exactness | None:
+        return prove(self._context, terms, self.engine, subnet)
+
+    @contextmanager
+    def artefact(self, subnet: SubNetwork, exactness: Exactness | None) -> Iterator[Artefact]:
+        candidate = self.engine.build(subnet, self._profile.numerics, _fine(exactness))
+        yield OnnxArtefact(self.engine, candidate)
+
+    @contextmanager
+    def unpruned_artefact(self, subnet: SubNetwork, numerics: Numerics) -> Iterator[Artefact]:
+        yield OnnxArtefact(self._base, self._base.build(subnet, numerics))
+
+    def write(
+        self, subnet: SubNetwork, folder: Path, fields: Mapping[str, Any], exactness: Exactness | None
+    ) -> None:
+        self.engine.write(
+            subnet, folder, fields, numerics=self._profile.numerics, fine_inputs=_fine(exactness)
+        )
+
+    def close(self) -> None:
+        """Nothing stays."""
+
+    def _apart(
+        self,
+        engine: OnnxRuntimeEngine,
+        subnet: SubNetwork,
+        numerics: Numerics,
+        seconds: float,
+        fine_inputs: tuple[str, ...] = (),
+    ) -> Measurement:
+        return self._context.bench(
+            engine.export.folder,
+            subnet,
+            self._profile.workload,
+            numerics=numerics,
+            threads=self._context.request.threads,
+            max_seconds=seconds,
+            fine_inputs=fine_inputs,
+        )
+
+
+class VllmTarget:
+    """vLLM, here or in its own environment: candidates have made-up weights, what ships is scored there."""
+
+    reference_numerics: tuple[Numerics, ...] = ("int8",)
+    measures_bf16 = True
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._profile = context.request.profile
+
+    @cached_property
+    def _python(self) -> Path:
+        python = vllm_python()
+        if python is None:
+            raise UnfitMachineError(f"vLLM is not installed here: {PIP_LINE}")
+        return python
+
+    @cached_property
+    def _worker(self) -> VllmWorker:
+        return VllmWorker(self._python)
+
+    def bench(self, subnet: SubNetwork) -> Measurement:
+        seconds = self._context.request.effort.bench_seconds
+        return self._bench(self._context.folder.supernet, subnet, "int8", seconds)
+
+    def bench_longer(self, subnet: SubNetwork, exactness: Exactness | None, seconds: float) -> Measurement:
+        """By a vLLM that has just started: what one leaves behind would count into the next one's memory."""
+        del exactness
+        self.close()
+        return self._bench(self._context.folder.supernet, subnet, "int8", seconds)
+
+    def bench_unpruned(self, subnet: SubNetwork, numerics: Numerics, seconds: float) -> Measurement:
+        return self._bench(self._context.folder.base, subnet, numerics, seconds)
+
+    def prove(self, terms: Terms, subnet: SubNetwork) -> Exactness | None:
+        """Nothing: a vLLM package is compared with what was meant as it is written."""
+        del terms, subnet
+        return None
+
+    def artefact(self, subnet: SubNetwork, exactness: Exactness | None) -> AbstractContextManager[Artefact]:
+        del exactness
+        return self._written(self._context.folder.supernet, subnet)
+
+    def unpruned_artefact(self, subnet: SubNetwork, numerics: Numerics) -> AbstractContextManager[Artefact]:
+        del numerics
+        return self._written(self._context.folder.base, subnet)
+
+    def write(
+        self, subnet: SubNetwork, folder: Path, fields: Mapping[str, Any], exactness: Exactness | None
+    ) -> None:
+        del exactness
+        vllm_package.write_package(
+            self._context.folder.supernet, subnet, folder, fields, narrow=self._context.narrow
+        )
+
+    def close(self) -> None:
+        """End the vLLM that measures: it holds memory."""
+        self._worker.close()
+
+    def _bench(self, model: Path, subnet: SubNetwork, numerics: str, seconds: float) -> Measurement:
+        return self._worker.bench(
+            model,
+            subnet,
+            self._profile.workload,
+            numerics=numerics,
+            threads=self._context.request.threads,
+            max_seconds=seconds,
+        )
+
+    @contextmanager
+    def _written(self, model: Path, subnet: SubNetwork) -> Iterator[Artefact]:
+        """A package on the run's disk for as long as it is scored, by a vLLM of its own."""
+        self.close()
+        folder = self._context.folder.path / f"scored-{subnet.digest}"
+        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            fields = {"name": subnet.digest, "base_model": "run"}
+            vllm_package.write_package(model, subnet, folder, fields, narrow=self._context.narrow)
+            yield VllmArtefact(folder, "int8", subnet, self._python)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _fine(exactness: Exactness | None) -> tuple[str, ...]:
+    return exactness.fine_inputs if exactness else ()
