@@ -9,6 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+
 from compressor.engines import vllm_package
 from compressor.engines.onnx_exact import Exactness
 from compressor.engines.onnxruntime import OnnxCandidate, OnnxRuntimeEngine
@@ -235,6 +237,8 @@ class VllmTarget:
         self._worker.close()
 
     def _bench(self, model: Path, subnet: SubNetwork, numerics: str, seconds: float) -> Measurement:
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # what this process freed but holds is vLLM's to take
         return self._worker.bench(
             model,
             subnet,
