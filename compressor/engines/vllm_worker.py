@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
@@ -68,7 +69,8 @@ class VllmWorker:
             assert process.stdin is not None and process.stdout is not None
             process.kill()
             process.wait()
-            process.stdin.close()
+            with suppress(OSError):  # what it no longer read
+                process.stdin.close()
             process.stdout.close()
         if self._log is not None:
             self._log.close()
