@@ -307,7 +307,9 @@ def package(
     run: RunArgument,
     pick: Annotated[str, typer.Option(help="best, smallest, fastest, or a sub-network's digest.")] = "best",
     out: Annotated[Path | None, typer.Option(help="Folder to write [default: RUN/package-PICK].")] = None,
-    engine: Annotated[str, typer.Option(help="What will serve it: onnxruntime or vllm.")] = "onnxruntime",
+    engine: Annotated[
+        str, typer.Option(help="What will serve it, onnxruntime or vllm [default: what the run measured in].")
+    ] = "",
 ) -> None:
     """Package another sub-network of a finished run's front."""
     from compressor.console import terminal_listener

@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 from compressor import cpu, device, models
 from compressor.engines import gguf_file, hf_folder, onnx_export, onnx_package, vllm_package
@@ -19,6 +19,7 @@ from compressor.pipeline.accuracy import AccuracyTask
 from compressor.pipeline.artefacts import VllmArtefact
 from compressor.pipeline.candidates import known_outcomes
 from compressor.pipeline.deliver import accuracy_entry
+from compressor.profile import EngineName
 from compressor.request import stored_request
 from compressor.runfolder import RUN_FILE, RunFolder
 from compressor.space import Numerics, SubNetwork
@@ -64,19 +65,24 @@ def export(
 
 
 def package_for(run: Path, engine: str, pick: str, out: Path | None, listener: Listener) -> Path:
-    """The sub-network ``pick`` of a finished run as a package for ``engine``; returns its folder.
+    """The sub-network ``pick`` of a finished run as a package for ``engine`` (or the run's own); its folder.
 
-    It is scored as it ships; for vLLM where that is installed, else the manifest says no accuracy. Its speed
-    is measured for ONNX Runtime alone. Raises ``InputError``, ``PackageError``, ``UnfitMachineError``.
+    In the run's own engine it is measured again and scored as it ships. A run in ONNX Runtime may also be
+    packaged for vLLM: scored where that is installed, else the manifest says no accuracy, and not measured.
+    Raises ``InputError``, ``PackageError``, ``UnfitMachineError``.
     """
-    if engine == "onnxruntime":
-        from compressor.pipeline.run import package_pick
+    from compressor.pipeline.run import package_pick, picked, reopened
 
+    own = stored_request(RunFolder.open_existing(run)).profile.engine
+    if engine in ("", own):
         return package_pick(run, pick, out, listener)
+    if engine not in get_args(EngineName):
+        raise InputError(f"no engine '{engine}': use {' or '.join(get_args(EngineName))}")
     if engine != "vllm":
-        raise InputError(f"no engine '{engine}': use onnxruntime or vllm")
-    from compressor.pipeline.run import picked, reopened
-
+        raise InputError(
+            f"the run measured in {own} and has no quantized weights for {engine}: leave --engine out, or "
+            "use `compress export RUN --format onnx`"
+        )
     target = out or run / f"package-{pick}-vllm"
     with reopened(run, listener) as workshop:
         outcomes = known_outcomes(workshop.context.ledger, workshop.terms)

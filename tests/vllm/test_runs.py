@@ -83,6 +83,9 @@ def test_nothing_is_left_behind_or_made_for_another_engine(run: Path) -> None:
 
 
 def test_another_sub_network_is_packaged_from_it(run: Path) -> None:
-    done = compress("package", str(run), "--engine", "vllm", "--pick", "smallest")
+    done = compress("package", str(run), "--pick", "smallest")
     assert done.returncode == 0, done.stderr
-    assert read_manifest(run / "package-smallest-vllm").accuracy
+    manifest = read_manifest(run / "package-smallest")
+    assert manifest.engine == "vllm" and manifest.accuracy and manifest.speed
+    other = compress("package", str(run), "--pick", "fastest", "--engine", "onnxruntime")
+    assert other.returncode == 2 and "measured in vllm" in other.stderr
