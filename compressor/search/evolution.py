@@ -48,7 +48,7 @@ def evolve(
     objectives: int,
     rng: np.random.Generator,
     population: int = 50,
-    generations: int = 60,
+    generations: int = 25,
 ) -> Guesses:
     """Every distinct candidate that an evolution from ``start`` looked at, in the order it was met.
 

@@ -12,16 +12,21 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
-_LENGTHS = (0.5, 1.0, 2.0, 4.0)
-_LINEAR_SHARES = (0.3, 0.9)
+_KERNELS = tuple((length, share) for length in (0.5, 1.0, 2.0, 4.0) for share in (0.3, 0.9))
+"""Lengths of the squared-exponential part with shares of the linear one."""
 _NOISES = np.logspace(-4, 0, 9)
 
 
 class GaussianProcess:
     """Regression on standardised targets; predicts means and standard deviations (noise left out).
 
+    ``kernel`` is the length and the share of the linear part, chosen in fitting unless given.
     ``typical_deviation`` is what it expects to be off by at a sample left out (eq. 5.12).
     """
+
+    def __init__(self, kernel: tuple[float, float] | None = None) -> None:
+        self._candidates = _KERNELS if kernel is None else (kernel,)
+        self.kernel = self._candidates[0]
 
     def fit(self, features: Array, targets: Array) -> GaussianProcess:
         """``features`` (n, columns), ``targets`` (n,) of mean about 0 and deviation about 1."""
@@ -33,19 +38,17 @@ class GaussianProcess:
         self._length_unit = float(np.median(off_diagonal)) if len(off_diagonal) else 1.0
         self._length_unit = self._length_unit or 1.0
         best = -np.inf
-        for length in _LENGTHS:
-            for share in _LINEAR_SHARES:
-                kernel = self._kernel(linear, squared, length, share)
-                values, vectors = np.linalg.eigh(kernel)
-                projected = vectors.T @ targets
-                for noise in _NOISES:
-                    evidence = _log_evidence(values, projected, noise)
-                    if evidence > best:
-                        best = evidence
-                        self._chosen = (length, share)
-                        spectrum = np.maximum(values, 0) + noise
-                        self._weights = vectors @ (projected / spectrum)
-                        self._root = vectors / np.sqrt(spectrum)
+        for length, share in self._candidates:
+            values, vectors = np.linalg.eigh(self._kernel(linear, squared, length, share))
+            projected = vectors.T @ targets
+            for noise in _NOISES:
+                evidence = _log_evidence(values, projected, noise)
+                if evidence > best:
+                    best = evidence
+                    self.kernel = (length, share)
+                    spectrum = np.maximum(values, 0) + noise
+                    self._weights = vectors @ (projected / spectrum)
+                    self._root = vectors / np.sqrt(spectrum)
         left_out = 1 / (self._root**2).sum(axis=1)
         self.typical_deviation = float(np.sqrt(left_out.mean()))
         return self
@@ -57,14 +60,14 @@ class GaussianProcess:
     def deviation(self, features: Array) -> Array:
         """(n,) posterior standard deviations of the function itself."""
         moved = features - self._center
-        _, share = self._chosen
+        _, share = self.kernel
         own = share * (moved**2).sum(axis=1) / self._linear_unit + (1 - share)
         explained = ((self._cross(features) @ self._root) ** 2).sum(axis=1)
         return np.asarray(np.sqrt(np.maximum(own - explained, 1e-12)))
 
     def _cross(self, features: Array) -> Array:
         linear, squared = self._parts(features - self._center)
-        return self._kernel(linear, squared, *self._chosen)
+        return self._kernel(linear, squared, *self.kernel)
 
     def _parts(self, moved: Array) -> tuple[Array, Array]:
         """Inner products and squared distances to the samples, (n, samples) each."""

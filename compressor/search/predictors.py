@@ -24,6 +24,8 @@ FEWEST_FOR_CHOICE = 10
 """Samples below which cross-validation says too little: ridge is taken as it is."""
 FEWEST_FOR_BOOSTING = 40
 """Samples below which boosting, the slowest to fit, has never ranked best."""
+FOLDS_TO_COMPARE, FAR_BEHIND = 2, 0.02
+"""After so many folds, a kind whose Kendall tau lies so far behind the best one's is given up."""
 
 
 class Regressor(Protocol):
@@ -104,10 +106,13 @@ def fit_predictor(features: Array, targets: Array, kinds: tuple[str, ...] = tupl
     scaled = (targets - mean) / scale
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        quality = _choose(features, scaled, kinds)
-        model = KINDS[quality.kind]()
-        model.fit(features, scaled)
-    spread = model if isinstance(model, GaussianProcess) else GaussianProcess().fit(features, scaled)
+        spread = GaussianProcess().fit(features, scaled)
+        makers = {**KINDS, "gp": lambda: GaussianProcess(spread.kernel)}
+        quality = _choose(features, scaled, {kind: makers[kind] for kind in kinds})
+        model: Regressor = spread
+        if quality.kind != "gp":
+            model = KINDS[quality.kind]()
+            model.fit(features, scaled)
     in_units = Quality(quality.kind, quality.kendall_tau, quality.rmse * scale, len(targets))
     return Predictor(in_units, model, spread, mean, scale)
 
@@ -120,24 +125,48 @@ def rank_correlation(predicted: Array, actual: Array) -> float:
     return 0.0 if math.isnan(tau) else tau
 
 
-def _choose(features: Array, scaled: Array, kinds: tuple[str, ...]) -> Quality:
+def _choose(features: Array, scaled: Array, makers: Mapping[str, Callable[[], Regressor]]) -> Quality:
+    """Quality of the kind that ranks best; boosting is tried last, since it may be given up half-way."""
+    kinds = sorted(makers, key=lambda kind: kind == "gbm")
     if len(scaled) < FEWEST_FOR_CHOICE:
         return Quality(kinds[0], 0.0, 1.0, len(scaled))
     if len(scaled) < FEWEST_FOR_BOOSTING and len(kinds) > 1:
-        kinds = tuple(kind for kind in kinds if kind != "gbm")
-    tried = [_cross_validated(kind, features, scaled) for kind in kinds]
-    return max(tried, key=lambda q: (round(q.kendall_tau, 3), -q.rmse))
+        kinds = [kind for kind in kinds if kind != "gbm"]
+    best: tuple[Quality, Array] | None = None
+    for kind in kinds:
+        predicted = _cross_predicted(makers[kind], features, scaled, None if best is None else best[1])
+        if predicted is not None:
+            rmse = float(np.sqrt(np.mean((predicted - scaled) ** 2)))
+            quality = Quality(kind, rank_correlation(predicted, scaled), rmse, len(scaled))
+            if best is None or _merit(quality) > _merit(best[0]):
+                best = quality, predicted
+    assert best is not None
+    return best[0]
 
 
-def _cross_validated(kind: str, features: Array, scaled: Array) -> Quality:
-    """Folds interleave the samples in the order of their targets, so that each spans the range."""
+def _merit(quality: Quality) -> tuple[float, float]:
+    return round(quality.kendall_tau, 3), -quality.rmse
+
+
+def _cross_predicted(
+    make: Callable[[], Regressor], features: Array, scaled: Array, rival: Array | None
+) -> Array | None:
+    """(n,) values, each by a model that did not see it; None once ``rival`` values rank far better.
+
+    Folds interleave the samples in the order of their targets, so that each spans the range.
+    """
     order = np.argsort(scaled, kind="stable")
     predicted = np.empty_like(scaled)
+    done = np.zeros(len(scaled), dtype=bool)
     for fold in range(FOLDS):
         held = order[fold::FOLDS]
         rest = np.setdiff1d(np.arange(len(scaled)), held)
-        model = KINDS[kind]()
+        model = make()
         model.fit(features[rest], scaled[rest])
         predicted[held] = model.predict(features[held])
-    rmse = float(np.sqrt(np.mean((predicted - scaled) ** 2)))
-    return Quality(kind, rank_correlation(predicted, scaled), rmse, len(scaled))
+        done[held] = True
+        if rival is not None and fold + 1 == FOLDS_TO_COMPARE:
+            ours, theirs = (rank_correlation(values[done], scaled[done]) for values in (predicted, rival))
+            if ours < theirs - FAR_BEHIND:
+                return None
+    return predicted
