@@ -75,7 +75,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--evaluations", type=int, default=250)
     parser.add_argument(
-        "--sequences", type=int, default=48, help="sequences scored, if the text is made here"
+        "--sequences", type=int, default=32, help="sequences scored, if the text is made here"
     )
     parser.add_argument("--length", type=int, default=128, help="tokens of each")
     parser.add_argument(

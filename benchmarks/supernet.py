@@ -212,9 +212,7 @@ class Bench:
         full = SubNetwork(tuple(range(whole.num_layers)), (whole.intermediate_size,) * whole.num_layers)
         row_flops = 3 * LENGTH * flops_per_token(whole, full, LENGTH)
         in_time = 30 * minutes * max(cpu_matmul_flops().values()) / row_flops
-        wanted = min(len(self.train.ids), int(in_time))
-        chosen = torch.randperm(len(self.train.ids), generator=torch.Generator().manual_seed(0))[:wanted]
-        return Examples(self.train.ids[chosen], self.train.labels[chosen])
+        return self.train.some(int(in_time), seed=0)
 
     def _rate(self, elastic: Elastic, space: SearchSpace, config: FinetuneConfig) -> float:
         times: list[float] = []

@@ -107,6 +107,35 @@ def compress(
     tuning_minutes: Annotated[float | None, typer.Option(help="Longest fine-tuning, minutes.")] = None,
     tuning_steps: Annotated[int | None, typer.Option(help="Fine-tuning steps, at most.")] = None,
     tuning_batch: Annotated[int | None, typer.Option(help="Sequences of a fine-tuning step.")] = None,
+    tuning_recipe: Annotated[
+        str, typer.Option(help="Networks of a step: alternate (one) or sandwich (largest, smallest, two).")
+    ] = "",
+    tuning_super_every: Annotated[
+        int | None,
+        typer.Option(help="Steps from one super-network step to the next; 2 is InstaTune's, 0 never."),
+    ] = None,
+    tuning_sampling: Annotated[
+        str, typer.Option(help="How sub-networks are drawn: budget, small, size or genes.")
+    ] = "",
+    tuning_loss: Annotated[
+        str,
+        typer.Option(help="distill, cross-entropy or both [default: labels for --train-data, else distill]."),
+    ] = "",
+    tuning_teacher: Annotated[
+        str, typer.Option(help="Distil from the frozen original, or from the super network of that step.")
+    ] = "",
+    tuning_temperature: Annotated[
+        float | None, typer.Option(help="Of the distilled distributions [default: 1].")
+    ] = None,
+    tuning_alpha: Annotated[
+        float | None, typer.Option(help="Weight of the labels' loss in `both` [default: 0.5].")
+    ] = None,
+    tuning_gamma: Annotated[
+        float | None, typer.Option(help="Weight of the distillation in `both` [default: 0.5].")
+    ] = None,
+    tuning_lr: Annotated[
+        float | None, typer.Option(help="Learning rate [default: 3e-4; adapters 1e-3].")
+    ] = None,
     text_sequences: Annotated[
         int | None, typer.Option(help="Texts the unpruned model writes to tune on.")
     ] = None,

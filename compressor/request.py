@@ -8,12 +8,14 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from compressor.errors import InputError, RunConflictError
 from compressor.presets import Effort, effort
 from compressor.profile import Profile, load_profile
 from compressor.runfolder import RUN_FILE, RunFolder
+from compressor.supernet.config import Loss, Teacher
+from compressor.supernet.subnet_sampling import Recipe, Sampling
 
 Algorithm = Literal["linas", "published", "nsga2", "random"]
 AGREEMENT = "agreement"
@@ -24,6 +26,30 @@ WORKLOAD_FLAGS = ("prompt_tokens", "output_tokens", "concurrency")
 PLAIN_FLAGS = (
     *("model", "num_fewshot", "limit", "train_data", "lora_rank", "threads", "seed", "cluster", "racing"),
 )
+
+
+class Tuning(BaseModel):
+    """What was said of the fine-tuning by ``--tuning-…``; the rest is as the data asks. Names and meanings
+    are those of ``FinetuneConfig``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    recipe: Recipe | None = None
+    super_every: int | None = Field(default=None, ge=0)
+    sampling: Sampling | None = None
+    loss: Loss | None = None
+    teacher: Teacher | None = None
+    temperature: float | None = Field(default=None, gt=0)
+    alpha: float | None = Field(default=None, ge=0)
+    gamma: float | None = Field(default=None, ge=0)
+    lr: float | None = Field(default=None, gt=0)
+
+    @property
+    def told(self) -> dict[str, Any]:
+        return self.model_dump(exclude_none=True)
+
+
+TUNING_FLAGS = {f"tuning_{name}": name for name in Tuning.model_fields}
 
 
 class RunRequest(BaseModel):
@@ -41,11 +67,27 @@ class RunRequest(BaseModel):
     limit: int | None = None
     train_data: str = ""
     lora_rank: int = 0
+    tuning: Tuning = Tuning()
     algorithm: Algorithm = "linas"
     threads: int | None = None
     seed: int = 0
     cluster: str = ""
     racing: bool | None = None
+
+    @property
+    def data_free(self) -> bool:
+        """Whether the super-network is tuned on text that the unpruned model writes."""
+        return not self.train_data
+
+    @property
+    def tuning_loss(self) -> Loss:
+        """The divergence from the unpruned model on its own text, the labels on the user's, unless told."""
+        return self.tuning.loss or ("distill" if self.data_free else "cross-entropy")
+
+    @property
+    def keeps_teacher(self) -> bool:
+        """Whether what the unpruned model says of the training rows is kept while tuning."""
+        return self.tuning_loss != "cross-entropy" and self.tuning.teacher != "super"
 
     @property
     def races(self) -> bool:
@@ -138,6 +180,9 @@ def with_flags(base: RunRequest, asked: Mapping[str, Any]) -> RunRequest:
             raise InputError(f"--{name.replace('_', '-')} must be positive (got {changes[name]})")
     if AGREEMENT in changes.get("tasks", ()) and len(changes["tasks"]) > 1:
         raise InputError("--tasks agreement stands alone: drop it, or drop the lm-eval tasks")
+    told = {name: asked[flag] for flag, name in TUNING_FLAGS.items() if flag in asked}
+    if told:
+        changes["tuning"] = _tuning({**base.tuning.told, **told})
     spent = {name: asked[name] for name in EFFORT_FLAGS if name in asked}
     if spent:
         kept = {name: getattr(base.effort, name) for name in EFFORT_FLAGS}
@@ -147,6 +192,15 @@ def with_flags(base: RunRequest, asked: Mapping[str, Any]) -> RunRequest:
     if budgets or workload:
         changes["profile"] = base.profile.with_overrides(**budgets).with_workload(**workload)
     return base.model_copy(update=changes)
+
+
+def _tuning(told: Mapping[str, Any]) -> Tuning:
+    try:
+        return Tuning.model_validate(told)
+    except ValidationError as error:
+        first = error.errors()[0]
+        flag = f"--tuning-{str(first['loc'][0]).replace('_', '-')}"
+        raise InputError(f"{flag}: {first['msg'].lower()} (got {first['input']})") from None
 
 
 def named_profile(name: str) -> Profile:

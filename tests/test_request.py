@@ -59,6 +59,21 @@ def test_adapters_stay_asked_for_until_taken_back(tmp_path: Path) -> None:
     assert understand({"lora_rank": 0}, tmp_path / "run", resume=True)[1].lora_rank == 0
 
 
+def test_a_recipe_is_told_flag_by_flag_and_kept(tmp_path: Path) -> None:
+    asked = start(tmp_path / "run", tuning_recipe="sandwich", tuning_loss="both", tuning_alpha=0.3)
+    assert asked.tuning.told == {"recipe": "sandwich", "loss": "both", "alpha": 0.3}
+    _, changed = understand({"tuning_alpha": 0.0, "tuning_lr": 1e-4}, tmp_path / "run", resume=True)
+    assert changed.tuning.told == {"recipe": "sandwich", "loss": "both", "alpha": 0.0, "lr": 1e-4}
+
+
+def test_the_loss_follows_the_data_unless_told() -> None:
+    free, rows = fresh(STARTER), fresh({**STARTER, "train_data": "rows.jsonl"})
+    assert (free.tuning_loss, free.keeps_teacher) == ("distill", True)
+    assert (rows.tuning_loss, rows.keeps_teacher) == ("cross-entropy", False)
+    assert fresh({**STARTER, "train_data": "rows.jsonl", "tuning_loss": "both"}).keeps_teacher
+    assert not fresh({**STARTER, "tuning_teacher": "super"}).keeps_teacher
+
+
 def test_resume_starts_a_run_that_does_not_exist_yet(tmp_path: Path) -> None:
     path, _ = understand(STARTER, tmp_path / "new", resume=True)
     assert path == tmp_path / "new"
@@ -86,6 +101,9 @@ def test_a_run_is_named_after_model_and_profile(tmp_path: Path, monkeypatch: pyt
         ({"num_fewshot": -1}, "--num-fewshot"),
         ({"threads": 0}, "--threads"),
         ({"lora_rank": -1}, "--lora-rank"),
+        ({"tuning_recipe": "burger"}, "--tuning-recipe.*sandwich"),
+        ({"tuning_super_every": -1}, "--tuning-super-every"),
+        ({"tuning_temperature": 0.0}, "--tuning-temperature.*greater than 0"),
         ({"tasks": "agreement,arc_easy"}, "stands alone"),
         ({"preset": "huge"}, "quick"),
         ({"algorithm": "magic"}, "linas"),

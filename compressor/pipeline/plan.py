@@ -97,7 +97,8 @@ def tuning_memory_bytes(request: RunRequest, shape: ModelShape) -> int:
         return parameters * TRAINING_BYTES_PER_PARAMETER
     check_rank(shape, request.lora_rank)
     effort = request.effort
-    sequences = shape.num_layers * effort.tuning_batch + (0 if request.train_data else effort.text_sequences)
+    learnt = effort.text_sequences if request.data_free else effort.tuning_steps * effort.tuning_batch
+    sequences = shape.num_layers * effort.tuning_batch + (learnt if request.keeps_teacher else 0)
     states = sequences * effort.sequence_length * shape.hidden_size * 4
     adapters = adapter_parameters(shape, request.lora_rank)
     return parameters * FROZEN_BYTES_PER_PARAMETER + adapters * TRAINING_BYTES_PER_PARAMETER + states

@@ -54,6 +54,8 @@ def prepare(context: Context, plan: Plan) -> tuple[SupernetInfo, SearchSpace]:
     }
     if context.request.lora_rank:  # absent otherwise, so that a run from before it stays done
         inputs["lora_rank"] = context.request.lora_rank
+    if context.request.tuning.told:
+        inputs["tuning"] = context.request.tuning.told
     run_stage(
         context,
         "supernet",
@@ -134,7 +136,7 @@ def _text_stage(context: Context, base: Result) -> Result:
         text = AgreementText.build(scored, torch_predict(loaded.model), context.request.seed)
         text.save(context.folder.text)
         np.savez_compressed(_training_text(context), ids=ids[: effort.text_sequences].astype(np.int32))
-        if not context.request.train_data:
+        if context.request.data_free:
             sampled.targets.first(effort.text_sequences).save(_training_targets(context))
         return {"digest": text.digest}
 
@@ -150,21 +152,24 @@ def _tune(context: Context, plan: Plan) -> Result:
     importance = _rank(loaded, text, plan)
     sort_neurons(loaded.model, importance)
     space = replace(plan.space, drop_order=importance.drop_order)
-    data_free = not context.request.train_data
+    data_free = context.request.data_free
     examples = Examples.of_text(text) if data_free else _examples(context, loaded)
     rank = context.request.lora_rank
     config = FinetuneConfig(
         lora_rank=rank,
-        lr=ADAPTER_LR if rank else FinetuneConfig.lr,
         gradient_checkpointing=rank > 0,  # who asks for adapters is short of memory
         steps=effort.tuning_steps,
         minutes=effort.tuning_minutes,
         batch=effort.tuning_batch,
-        loss="distill" if data_free else "cross-entropy",
-        sampling="budget",
         budget_parameters=budget_parameters(plan, context.request.profile),
         held_out=0 if data_free else min(MOST_HELD_OUT, int(HELD_OUT_SHARE * len(examples.ids))),
         seed=seed,
+        **{
+            "lr": ADAPTER_LR if rank else FinetuneConfig.lr,
+            "loss": context.request.tuning_loss,
+            "sampling": "budget",
+            **context.request.tuning.told,
+        },
     )
     result = finetune(
         Elastic(loaded.model),
@@ -174,7 +179,7 @@ def _tune(context: Context, plan: Plan) -> Result:
         context.listener,
         context.ledger.record_curve,
         context.folder.checkpoints,
-        Targets.load(_training_targets(context)) if data_free else None,
+        Targets.load(_training_targets(context)) if data_free and context.request.keeps_teacher else None,
     )
     context.ledger.end_curves(result.steps)
     if result.stopped_early:
@@ -215,8 +220,13 @@ def budget_parameters(plan: Plan, profile: Profile) -> int:
 
 
 def _examples(context: Context, loaded: LoadedModel) -> Examples:
-    length = context.request.effort.sequence_length
-    return load_training_data(context.request.train_data, loaded.tokenizer, length, context.listener)
+    """The user's rows; no more of them than are learnt where the unpruned model's view of each is kept."""
+    request, effort = context.request, context.request.effort
+    rows = load_training_data(request.train_data, loaded.tokenizer, effort.sequence_length, context.listener)
+    if not request.keeps_teacher:
+        return rows
+    wanted = effort.tuning_steps * effort.tuning_batch + MOST_HELD_OUT
+    return rows.some(wanted, request.seed)
 
 
 def _export_stage(context: Context, info: SupernetInfo, space: SearchSpace) -> None:

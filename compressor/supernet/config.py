@@ -10,14 +10,18 @@ from compressor.errors import InputError
 from compressor.space import ModelShape
 from compressor.supernet.subnet_sampling import Recipe, Sampling
 
+Loss = Literal["distill", "cross-entropy", "both"]
+Teacher = Literal["original", "super"]
+
 
 @dataclass(frozen=True)
 class FinetuneConfig:
     """Settings of a fine-tuning, which ends after ``steps`` or ``minutes``, whichever comes first.
 
     ``loss``: the divergence from the teacher's distribution (``distill``), the cross-entropy of the
-    labels, or the mean of ``both``. ``teacher``: the frozen ``original``, or the ``super`` network as it is
-    at that step. ``budget_parameters``: the most that fit the profile's budget, for ``sampling="budget"``.
+    labels, or ``both``: ``alpha`` times the latter plus ``gamma`` times the former. ``teacher``: the frozen
+    ``original``, or the ``super`` network as it is at that step. ``budget_parameters``: the most that fit
+    the profile's budget, for ``sampling="budget"``.
     ``batch`` examples a step go through the model in ``accumulation`` parts. The last
     ``held_out`` examples are not trained on: every ``check_every`` steps the smallest sub-network's loss
     on them is taken, and ``patience`` checks without a new best end the tuning.
@@ -30,9 +34,11 @@ class FinetuneConfig:
     batch: int = 8
     accumulation: int = 1
     lr: float = 3e-4
-    loss: Literal["distill", "cross-entropy", "both"] = "distill"
-    teacher: Literal["original", "super"] = "original"
+    loss: Loss = "distill"
+    teacher: Teacher = "original"
     temperature: float = 1.0
+    alpha: float = 0.5
+    gamma: float = 0.5
     recipe: Recipe = "alternate"
     super_every: int = 8
     sampling: Sampling = "small"
@@ -63,6 +69,11 @@ class FinetuneConfig:
         ):
             if not getattr(self, name) > 0:
                 raise InputError(f"the fine-tuning's {name} must be above 0 (got {getattr(self, name)})")
+        if min(self.alpha, self.gamma) < 0 or self.alpha + self.gamma == 0:
+            raise InputError(
+                "alpha and gamma weigh the two losses: neither may be below 0, and one must be above "
+                f"(got {self.alpha:g} and {self.gamma:g})"
+            )
         if self.batch % self.accumulation:
             raise InputError(f"a batch of {self.batch} does not split into {self.accumulation} equal parts")
         if self.lora_rank < 0 or (self.lora_rank and not self.adapter_alpha > 0):

@@ -52,6 +52,18 @@ class Examples:
         """Every token counts."""
         return cls(ids, ids)
 
+    @property
+    def learnable(self) -> Tensor:
+        """(examples,) whether anything in a row counts; the first token is nobody's next one."""
+        return (self.labels[:, 1:] != IGNORED).any(dim=1)
+
+    def some(self, count: int, seed: int) -> Examples:
+        """``count`` rows, drawn without repeats; all of them where there are no more."""
+        if count >= len(self.ids):
+            return self
+        chosen = torch.randperm(len(self.ids), generator=torch.Generator().manual_seed(seed))[:count]
+        return Examples(self.ids[chosen], self.labels[chosen])
+
     def split(self, held_out: int) -> tuple[Examples, Examples]:
         """(all but the last ``held_out`` rows, those)."""
         cut = len(self.ids) - held_out

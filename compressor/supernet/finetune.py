@@ -105,6 +105,8 @@ class _Tuning:
     ) -> None:
         self.elastic, self.space, self.config, self.folder = elastic, space, config, folder
         self.examples = examples
+        taught = len(examples.ids) - config.held_out
+        self.learnable = examples.learnable[:taught].nonzero()[:, 0].numpy()
         self.model: Any = elastic.model
         self.step, self.resumed_at = 0, 0
         self.losses: dict[str, list[float]] = {"super": [], "sub": []}
@@ -195,9 +197,9 @@ class _Tuning:
         return losses
 
     def _next_rows(self) -> list[int]:
-        """Indices of the next batch; every example once before any comes again."""
+        """Indices of the next batch; every example with something to learn once before any comes again."""
         while len(self.order) < self.config.batch:
-            self.order += self.rng.permutation(len(self.examples.ids) - self.config.held_out).tolist()
+            self.order += self.rng.permutation(self.learnable).tolist()
         rows, self.order = self.order[: self.config.batch], self.order[self.config.batch :]
         return rows
 
@@ -265,6 +267,8 @@ def _check(config: FinetuneConfig, examples: Examples, processes: Processes) -> 
         raise InputError(
             f"holding out {config.held_out} of {len(examples.ids)} examples leaves none to train on"
         )
+    if not examples.learnable[: len(examples.ids) - config.held_out].any():
+        raise InputError("no training example has anything to learn: are its answers empty, or cut off?")
     if config.batch < processes.count:
         raise InputError(f"a batch of {config.batch} is too small for {processes.count} processes")
     if processes.sharded and config.batch % (processes.count * config.accumulation):

@@ -111,12 +111,15 @@ class Objective:
         head: Tensor = self._model.lm_head.weight
         if not (labels != IGNORED).any():
             return (hidden.sum() + head.sum()) * 0.0
+        config = self._config
         terms = []
-        if self._config.loss != "distill":
-            terms.append(cross_entropy(hidden, labels, head))
+        if config.loss != "distill":
+            weight = config.alpha if config.loss == "both" else 1.0
+            terms.append(weight * cross_entropy(hidden, labels, head).float())
         if targets is not None:
             counted = labels != IGNORED
             wanted = targets.states[chosen].to(device).flatten(0, 1)[counted]
             likely = head.detach()[targets.vocabulary(chosen).to(device)]
-            terms.append(distillation(hidden[counted], wanted, likely, self._config.temperature))
-        return torch.stack([term.float() for term in terms]).mean()
+            weight = config.gamma if config.loss == "both" else 1.0
+            terms.append(weight * distillation(hidden[counted], wanted, likely, config.temperature).float())
+        return torch.stack(terms).sum()

@@ -134,6 +134,31 @@ def test_the_super_network_can_teach_while_it_learns(
         assert float(part(text, labels=text).loss) < before
 
 
+def test_alpha_and_gamma_weigh_the_two_losses(space: SearchSpace, text: Tensor) -> None:
+    def losses(**changes: Any) -> list[float]:
+        events: list[Any] = []
+        finetune(Elastic(make_model()), space, text, replace(SHORT, **changes), events.append)
+        return [e.loss for e in events if isinstance(e, LossReported)]
+
+    labels = losses(loss="cross-entropy")
+    assert losses(loss="both", alpha=1.0, gamma=0.0) == labels
+    assert losses(loss="both", alpha=0.0, gamma=1.0) == losses(loss="distill")
+    with pytest.raises(InputError, match="alpha and gamma"):
+        FinetuneConfig(alpha=0.0, gamma=0.0)
+
+
+def test_rows_with_nothing_to_learn_take_no_step(space: SearchSpace, text: Tensor) -> None:
+    labels = text.clone()
+    labels[1:] = IGNORED
+    labels[1:, 0] = text[1:, 0]  # a first token follows nothing
+    events: list[Any] = []
+    config = replace(SHORT, loss="cross-entropy")
+    finetune(Elastic(make_model()), space, Examples(text, labels), config, events.append)
+    assert all(e.loss > 0 for e in events if isinstance(e, LossReported))
+    with pytest.raises(InputError, match="anything to learn"):
+        finetune(Elastic(make_model()), space, Examples(text, torch.full_like(text, IGNORED)), config)
+
+
 @pytest.mark.parametrize("changes", [{"accumulation": 4}, {"gradient_checkpointing": True}])
 @pytest.mark.parametrize("loss", ["distill", "cross-entropy"])
 def test_saving_memory_changes_no_loss(

@@ -10,7 +10,7 @@ import pytest
 from compressor import events
 from compressor.engines.memory import required_memory_bytes
 from compressor.errors import InputError
-from compressor.request import stored_request, understand
+from compressor.request import Tuning, stored_request, understand
 from compressor.runfolder import RunFolder
 from compressor.space import SubNetwork, weight_bytes
 from tests.tui.sample_run import BEGAN, SHAPE, STARTER, request, run_events, space, write_run
@@ -54,8 +54,10 @@ def test_an_opened_run_is_asked_again_as_it_was_and_takes_changes(tmp_path: Path
     assert as_asked(choices.arguments()) == {"--run": str(folder.path)}
     assert choices.but(evaluations=9).request().effort.evaluations == 9
     assert choices.in_folder(tmp_path / "other").request().profile.name == "starter-cpu"
-    adapted = of_request(request().model_copy(update={"lora_rank": 8}), folder.path)
-    assert adapted.in_folder(tmp_path / "other").request().lora_rank == 8
+    asked = {"lora_rank": 8, "tuning": Tuning(recipe="sandwich", temperature=2.0)}
+    adapted = of_request(request().model_copy(update=asked), folder.path)
+    again = adapted.in_folder(tmp_path / "other").request()
+    assert (again.lora_rank, again.tuning) == (8, asked["tuning"])
 
 
 def test_events_are_read_as_they_are_written_even_in_pieces(tmp_path: Path) -> None:
