@@ -31,6 +31,7 @@ from compressor import models
 from compressor.compute import cpu_matmul_flops, fastest_cpu_dtype
 from compressor.events import LossReported
 from compressor.space import SearchSpace, SubNetwork, flops_per_token
+from compressor.supernet.config import SUPER_EVERY_WITH_LABELS
 from compressor.supernet.data import Examples, load_training_data
 from compressor.supernet.elastic import Elastic
 from compressor.supernet.finetune import FinetuneConfig, finetune
@@ -46,7 +47,7 @@ LENGTH, BATCH = 256, 8
 FULL_ROWS = 24
 """Held-out rows that the full model is scored on; the panel has as many or fewer."""
 STEPS, SPEED_ROUNDS = 6, 2
-RECIPE = FinetuneConfig(loss="cross-entropy")
+RECIPE = FinetuneConfig(loss="cross-entropy", super_every=SUPER_EVERY_WITH_LABELS)
 """What `compress --train-data` does with labelled rows."""
 BOUNDS = {
     "panel_gain_nat": 0.5,

@@ -112,7 +112,9 @@ def compress(
     ] = "",
     tuning_super_every: Annotated[
         int | None,
-        typer.Option(help="Steps from one super-network step to the next; 2 is InstaTune's, 0 never."),
+        typer.Option(
+            help="Steps from one super-network step to the next [default: --train-data 2, else 8]; 0: none."
+        ),
     ] = None,
     tuning_sampling: Annotated[
         str, typer.Option(help="How sub-networks are drawn: budget, small, size or genes.")

@@ -21,6 +21,7 @@ from compressor.pipeline.plan import Plan
 from compressor.profile import Profile
 from compressor.runfolder import replace_folder
 from compressor.space import SearchSpace, parameter_count
+from compressor.supernet.config import SUPER_EVERY_WITH_LABELS
 from compressor.supernet.data import Examples, load_training_data
 from compressor.supernet.elastic import Elastic
 from compressor.supernet.finetune import FinetuneConfig, discard_checkpoint, finetune
@@ -167,6 +168,7 @@ def _tune(context: Context, plan: Plan) -> Result:
         **{
             "lr": ADAPTER_LR if rank else FinetuneConfig.lr,
             "loss": context.request.tuning_loss,
+            "super_every": FinetuneConfig.super_every if data_free else SUPER_EVERY_WITH_LABELS,
             "sampling": "budget",
             **context.request.tuning.told,
         },

@@ -13,6 +13,10 @@ from compressor.supernet.subnet_sampling import Recipe, Sampling
 Loss = Literal["distill", "cross-entropy", "both"]
 Teacher = Literal["original", "super"]
 
+SUPER_EVERY_WITH_LABELS = 2
+"""InstaTune's alternation. The super-network itself learns from labels, and would otherwise lose what its
+sub-networks' steps take from it; where it is its own teacher it has little to learn."""
+
 
 @dataclass(frozen=True)
 class FinetuneConfig:
