@@ -108,7 +108,7 @@ def compress(
     tuning_steps: Annotated[int | None, typer.Option(help="Fine-tuning steps, at most.")] = None,
     tuning_batch: Annotated[int | None, typer.Option(help="Sequences of a fine-tuning step.")] = None,
     tuning_recipe: Annotated[
-        str, typer.Option(help="Networks of a step: alternate (one) or sandwich (largest, smallest, two).")
+        str, typer.Option(help="Networks of a step: alternate (one) [default] or sandwich (four).")
     ] = "",
     tuning_super_every: Annotated[
         int | None,
@@ -117,14 +117,14 @@ def compress(
         ),
     ] = None,
     tuning_sampling: Annotated[
-        str, typer.Option(help="How sub-networks are drawn: budget, small, size or genes.")
+        str, typer.Option(help="How sub-networks are drawn: budget [default], small, size or genes.")
     ] = "",
     tuning_loss: Annotated[
         str,
         typer.Option(help="distill, cross-entropy or both [default: labels for --train-data, else distill]."),
     ] = "",
     tuning_teacher: Annotated[
-        str, typer.Option(help="Distil from the frozen original, or from the super network of that step.")
+        str, typer.Option(help="Distil from the frozen original [default], or the super network as it is.")
     ] = "",
     tuning_temperature: Annotated[
         float | None, typer.Option(help="Of the distilled distributions [default: 1].")

@@ -8,7 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from compressor.errors import InputError, RunConflictError
 from compressor.presets import Effort, effort
@@ -32,7 +32,7 @@ class Tuning(BaseModel):
     """What was said of the fine-tuning by ``--tuning-…``; the rest is as the data asks. Names and meanings
     are those of ``FinetuneConfig``."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     recipe: Recipe | None = None
     super_every: int | None = Field(default=None, ge=0)
@@ -43,6 +43,12 @@ class Tuning(BaseModel):
     alpha: float | None = Field(default=None, ge=0)
     gamma: float | None = Field(default=None, ge=0)
     lr: float | None = Field(default=None, gt=0)
+
+    @model_validator(mode="after")
+    def _weighs_something(self) -> Tuning:
+        if self.alpha == 0 and self.gamma == 0:
+            raise ValueError("--tuning-alpha and --tuning-gamma are both 0: give one of them above it")
+        return self
 
     @property
     def told(self) -> dict[str, Any]:
@@ -199,6 +205,8 @@ def _tuning(told: Mapping[str, Any]) -> Tuning:
         return Tuning.model_validate(told)
     except ValidationError as error:
         first = error.errors()[0]
+        if not first["loc"]:
+            raise InputError(first["msg"].removeprefix("Value error, ")) from None
         flag = f"--tuning-{str(first['loc'][0]).replace('_', '-')}"
         raise InputError(f"{flag}: {first['msg'].lower()} (got {first['input']})") from None
 

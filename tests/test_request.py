@@ -103,6 +103,8 @@ def test_a_run_is_named_after_model_and_profile(tmp_path: Path, monkeypatch: pyt
         ({"lora_rank": -1}, "--lora-rank"),
         ({"tuning_recipe": "burger"}, "--tuning-recipe.*sandwich"),
         ({"tuning_super_every": -1}, "--tuning-super-every"),
+        ({"tuning_alpha": 0.0, "tuning_gamma": 0.0}, "--tuning-alpha and --tuning-gamma"),
+        ({"tuning_lr": float("nan")}, "--tuning-lr"),
         ({"tuning_temperature": 0.0}, "--tuning-temperature.*greater than 0"),
         ({"tasks": "agreement,arc_easy"}, "stands alone"),
         ({"preset": "huge"}, "quick"),
