@@ -1,9 +1,9 @@
 """What ranking and tuning do for a panel of 24 sub-networks of the starter, on real text.
 
-Prints each ordering's effect before tuning, then tuning with the default recipe beside `paper`
-ordering and beside plain fine-tuning of the full model at equal steps, then speed beside
-transformers' Trainer. Ends with one line of JSON and exits 1 if a bound is missed. Needs
-../shared/data; says so and exits 0 without it.
+Prints each ordering's effect before tuning, then what the default recipe reaches in its time, then a
+shorter tuning beside `paper` ordering and beside plain fine-tuning of the full model at equal steps,
+then speed beside transformers' Trainer. Ends with one line of JSON and exits 1 if a bound is missed;
+--plot draws the loss curves. Needs ../shared/data; says so and exits 0 without it.
 """
 
 from __future__ import annotations
@@ -47,6 +47,8 @@ LENGTH, BATCH = 256, 8
 FULL_ROWS = 24
 """Held-out rows that the full model is scored on; the panel has as many or fewer."""
 STEPS, SPEED_ROUNDS = 6, 2
+SMOOTHED = 10
+"""Losses of one kind that a running mean in the plot covers."""
 RECIPE = FinetuneConfig(loss="cross-entropy", super_every=SUPER_EVERY_WITH_LABELS)
 """What `compress --train-data` does with labelled rows."""
 BOUNDS = {
@@ -75,19 +77,28 @@ ORDERINGS = (
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=40, help="of each tuning")
+    parser.add_argument("--minutes", type=float, default=40, help="of the default recipe's tuning")
+    parser.add_argument("--steps", type=int, default=60, help="of each recipe that is compared")
     parser.add_argument("--panel", type=int, default=24, help="sub-networks of the panel")
     parser.add_argument("--rows", type=int, default=24, help="rows of 256 tokens that the panel is scored on")
-    parser.add_argument("--parts", default="orderings,tuning,speed", help="what to measure")
+    parser.add_argument("--plot", type=Path, help="write the loss curves there (SVG or PNG)")
+    parser.add_argument("--parts", default="orderings,tuning,recipes,speed", help="what to measure")
     options = parser.parse_args()
     if not DATA.is_dir():
         print(f"no data sets at {DATA}: nothing measured")
         return 0
     bench = Bench(options.panel, options.rows)
     figures: dict[str, float] = {}
+    parts = {
+        "orderings": bench.orderings,
+        "tuning": lambda: bench.tuning(options.minutes),
+        "recipes": lambda: bench.recipes(options.steps),
+        "speed": speed,
+    }
     for part in options.parts.split(","):
-        measure = {"orderings": bench.orderings, "speed": speed}.get(part)
-        figures |= measure() if measure else bench.tuning(options.minutes)
+        figures |= parts[part]()
+    if options.plot:
+        plot(bench.curves, options.plot)
     bounds = [
         Bound(name, figures[name], bound, name in AT_MOST)
         for name, bound in BOUNDS.items()
@@ -104,6 +115,7 @@ class Bench:
     rows: int
 
     def __post_init__(self) -> None:
+        self.curves: dict[str, list[LossReported]] = {}
         self.source = models.resolve("starter")
         self.dtype = fastest_cpu_dtype()
         tokenizer = models.load(self.source).tokenizer
@@ -127,19 +139,25 @@ class Bench:
         return {}
 
     def tuning(self, minutes: float) -> dict[str, float]:
-        """The default recipe, then the same number of steps under two others."""
-        head = ("recipe", "panel before", "after", "full before", "after", "wikitext2 after")
-        print(("{:<26}" + "{:>14}" * 5).format(*head))
-        rows = self._rows(minutes)
+        """What the default recipe reaches in that time."""
+        self._head()
         timed = replace(RECIPE, steps=10**6, minutes=minutes)
-        default, steps = self._tuned("default", ("rms", "greedy"), timed, rows)
-        paper, _ = self._tuned("paper ordering", ("paper", "paper"), replace(RECIPE, steps=steps), rows)
-        plain = replace(RECIPE, steps=steps, super_every=1)
-        full, _ = self._tuned("full model only", ("rms", "greedy"), plain, rows)
+        found, steps = self._tuned("default", ("rms", "greedy"), timed, self._rows(minutes))
         return {
             "steps": steps,
-            "panel_gain_nat": default["panel_before"] - default["panel_after"],
-            "full_gain_nat": default["full_before"] - default["full_after"],
+            "panel_gain_nat": found["panel_before"] - found["panel_after"],
+            "full_gain_nat": found["full_before"] - found["full_after"],
+        }
+
+    def recipes(self, steps: int) -> dict[str, float]:
+        """The default recipe and two others, each for so many steps on the same rows."""
+        self._head()
+        rows = self.train.some(steps * RECIPE.batch, seed=0)
+        short = replace(RECIPE, steps=steps)
+        default, _ = self._tuned("default", ("rms", "greedy"), short, rows)
+        paper, _ = self._tuned("paper ordering", ("paper", "paper"), short, rows)
+        full, _ = self._tuned("full model only", ("rms", "greedy"), replace(short, super_every=1), rows)
+        return {
             "over_paper_nat": paper["panel_after"] - default["panel_after"],
             "over_full_only_nat": full["panel_after"] - default["panel_after"],
         }
@@ -155,6 +173,10 @@ class Bench:
         small = SearchSpace(space.shape, DEPTHS[:1], WIDTHS[:1], space.drop_order)
         config = FinetuneConfig(steps=STEPS, loss="cross-entropy", super_every=0, train_embeddings=True)
         return self._rate(elastic, small, config)
+
+    def _head(self) -> None:
+        head = ("recipe", "panel before", "after", "full before", "after", "wikitext2 after")
+        print(("{:<26}" + "{:>14}" * 4 + "{:>17}").format(*head))
 
     def _sorted(self, neurons: Any, layers: Any) -> tuple[Elastic, SearchSpace]:
         model = models.load(self.source, self.dtype).model
@@ -189,21 +211,26 @@ class Bench:
             "panel_before": self._mean_loss(elastic, panel, self.few_held_out),
             "full_before": self._mean_loss(elastic, [space.full], self.held_out),
         }
-        curve: list[float] = []
+        curve: list[LossReported] = []
 
         def listen(event: Any) -> None:
             if isinstance(event, LossReported):
-                curve.append(event.loss)
+                curve.append(event)
 
         result = finetune(elastic, space, rows, config, listen)
+        title = f"{name} ({result.steps} steps)"
+        self.curves[title] = curve
         found["panel_after"] = self._mean_loss(elastic, panel, self.few_held_out)
         found["full_after"] = self._mean_loss(elastic, [space.full], self.held_out)
         wikitext = self._mean_loss(elastic, panel, self.wikitext)
         order = ("panel_before", "panel_after", "full_before", "full_after")
         figures = [*(found[key] for key in order), wikitext]
-        print(("{:<26}" + "{:>14.3f}" * 5).format(f"{name} ({result.steps} steps)", *figures), flush=True)
-        stride = max(1, len(curve) // 10)
-        print("  loss: " + " ".join(f"{loss:.3f}" for loss in curve[::stride]), flush=True)
+        line = ("{:<26}" + "{:>14.3f}" * 4 + "{:>17.3f}").format(title, *figures)
+        print(f"{line}  in {result.seconds / 60:.1f} min", flush=True)
+        for network in ("super", "sub"):
+            losses = [event.loss for event in curve if event.network == network]
+            tenths = [part.mean() for part in np.array_split(losses, min(10, len(losses)))] if losses else []
+            print(f"  {network} loss: " + " ".join(f"{loss:.3f}" for loss in tenths), flush=True)
         return found, result.steps
 
     def _rows(self, minutes: float) -> Examples:
@@ -253,6 +280,35 @@ class Bench:
 
 def _first(examples: Examples, rows: int) -> Examples:
     return Examples(examples.ids[:rows], examples.labels[:rows])
+
+
+def plot(curves: dict[str, list[LossReported]], path: Path) -> None:
+    """The losses of super-network and of sub-networks, step by step, with their running means."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, grid = pyplot.subplots(
+        1, len(curves), figsize=(4.2 * len(curves), 3.6), sharey=True, squeeze=False, layout="constrained"
+    )
+    labels = {"super": "super-network", "sub": "a random sub-network"}
+    for axes, (title, curve) in zip(grid[0], curves.items(), strict=True):
+        for network, color in (("super", "C0"), ("sub", "C1")):
+            taken = [event for event in curve if event.network == network]
+            if not taken:
+                continue
+            steps, losses = [event.step for event in taken], np.array([event.loss for event in taken])
+            means = [losses[max(0, i - SMOOTHED + 1) : i + 1].mean() for i in range(len(losses))]
+            axes.plot(steps, losses, ".", markersize=3, alpha=0.4, color=color)
+            axes.plot(steps, means, color=color, label=labels[network])
+        axes.set(title=title, xlabel="step")
+        axes.grid(alpha=0.3)
+    grid[0][0].set(ylabel="loss of the step, nats a token")
+    grid[0][0].legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    pyplot.close(figure)
 
 
 def speed() -> dict[str, float]:
