@@ -52,6 +52,14 @@ class Timings:
         return len(self.prefills)
 
     @property
+    def step_means(self) -> list[float]:
+        """Seconds of a step, the mean of each repeat; none where an output has no steps."""
+        count = len(self.steps) // max(1, self.repeats)
+        if not count:
+            return []
+        return [statistics.fmean(self.steps[i : i + count]) for i in range(0, len(self.steps), count)]
+
+    @property
     def settled(self) -> bool:
         """Whether the medians are known to ``PRECISION``."""
         return all(relative_interval(values) < PRECISION for values in (self.prefills, self.rounds) if values)

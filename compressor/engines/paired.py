@@ -6,18 +6,27 @@ two models that took turns hardly does.
 
 from __future__ import annotations
 
+import math
+import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from compressor.engines.bench import PRECISION, Runner, Timings, relative_interval, time_once, warm_up
+from compressor.engines.bench import PRECISION, Runner, Timings, time_once, warm_up
 from compressor.profile import Workload
+
+TRIMMED = 0.1
+"""Share of the turns left out at either end: a stall of the machine falls into one model's turn only."""
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """Candidate over reference, each by the lower quartile of its turns: whatever disturbs a machine adds
-    time and never takes any away. With the relative widths of the 95% intervals of the turns' ratios."""
+    """Candidate over reference: the geometric mean of the turns' ratios, the extreme ones left out. With the
+    relative widths of their 95% intervals.
+
+    Comparing turn by turn is what takes a drift out. On a shared machine the two models' own medians or
+    quartiles, divided, scatter by half as much again.
+    """
 
     ttft: float
     tpot: float
@@ -45,8 +54,8 @@ def time_pair(
 ) -> tuple[Timings, Timings, Ratio]:
     """Time both on the workload in turns until the ratios are known to ``PRECISION`` or time is up.
 
-    Who goes first changes from turn to turn. A model's turn begins with a prefill that is not timed: what
-    the other left in the CPU's caches is not what it finds when it serves alone.
+    Who goes first changes from turn to turn. A model's turn begins with a step that is not timed, which
+    reads all its weights: what the other left in the CPU's caches is not what it finds when it serves alone.
     """
     mine, theirs = Timings(), Timings()
     for runner in (candidate, reference):
@@ -55,7 +64,7 @@ def time_pair(
     while True:
         turn = [(candidate, mine), (reference, theirs)]
         for runner, timings in turn if mine.repeats % 2 == 0 else reversed(turn):
-            runner.prefill()
+            runner.step()
             time_once(runner, workload, timings)
         late = time.perf_counter() - start >= max_seconds
         if mine.repeats >= min_turns and (late or _settled(mine, theirs)):
@@ -64,30 +73,28 @@ def time_pair(
 
 def ratio_of(candidate: Timings, reference: Timings) -> Ratio:
     """The ratio of two models' timings that were taken in turns."""
-    ttft, tpot = _ratios(candidate, reference)
-    return Ratio(
-        ttft=_quick(candidate.prefills) / _quick(reference.prefills),
-        tpot=_quick(candidate.rounds) / _quick(reference.rounds) if tpot else 1.0,
-        ttft_interval=relative_interval(ttft),
-        tpot_interval=relative_interval(tpot) if tpot else 0.0,
-        turns=len(ttft),
-    )
+    ttft, ttft_interval = _mean_ratio(candidate.prefills, reference.prefills)
+    tpot, tpot_interval = _mean_ratio(candidate.step_means, reference.step_means)
+    return Ratio(ttft, tpot, ttft_interval, tpot_interval, candidate.repeats)
 
 
-def _quick(values: Sequence[float]) -> float:
-    """The lower quartile, interpolated."""
-    ordered = sorted(values)
-    place = 0.25 * (len(ordered) - 1)
-    low = int(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+def _mean_ratio(mine: Iterable[float], theirs: Iterable[float]) -> tuple[float, float]:
+    """Trimmed geometric mean of the pairs' ratios and its 95% interval's width, infinite below four pairs.
 
-
-def _ratios(candidate: Timings, reference: Timings) -> tuple[list[float], list[float]]:
-    prefills = zip(candidate.prefills, reference.prefills, strict=True)
-    rounds = zip(candidate.rounds, reference.rounds, strict=True)
-    return [a / b for a, b in prefills], [a / b for a, b in rounds]
+    The interval is Tukey and McLaughlin's (1963), from the deviation of the winsorized logarithms.
+    """
+    logs = sorted(math.log(a / b) for a, b in zip(mine, theirs, strict=True))
+    if not logs:
+        return 1.0, 0.0
+    cut = int(TRIMMED * len(logs))
+    kept = logs[cut : len(logs) - cut]
+    ratio = math.exp(statistics.fmean(kept))
+    if len(logs) < 4:
+        return ratio, float("inf")
+    deviation = statistics.stdev([kept[0]] * cut + kept + [kept[-1]] * cut)
+    return ratio, 2 * 1.96 * deviation / ((1 - 2 * TRIMMED) * len(logs) ** 0.5)
 
 
 def _settled(candidate: Timings, reference: Timings) -> bool:
-    return all(relative_interval(r) < PRECISION for r in _ratios(candidate, reference) if r)
+    ratio = ratio_of(candidate, reference)
+    return max(ratio.ttft_interval, ratio.tpot_interval) < PRECISION

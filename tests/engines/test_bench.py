@@ -18,7 +18,7 @@ from compressor.engines.bench import (
     time_once,
     time_workload,
 )
-from compressor.engines.paired import time_pair
+from compressor.engines.paired import ratio_of, time_pair
 from compressor.profile import Workload
 
 
@@ -106,13 +106,21 @@ def test_what_the_other_model_left_in_the_caches_does_not_count() -> None:
 
     class Evicting(Sleeper):
         def prefill(self) -> None:
+            self._load()
+            super().prefill()
+
+        def step(self) -> None:
+            self._load()
+            super().step()
+
+        def _load(self) -> None:
             if last != [self]:
                 CLOCK.now += 1.0
             last[:] = [self]
-            super().prefill()
 
     mine, theirs, _ = time_pair(Evicting(0.01, 0.004), Evicting(0.02, 0.008), WORKLOAD, max_seconds=1)
     assert max(mine.prefills) == pytest.approx(0.01) and max(theirs.prefills) == pytest.approx(0.02)
+    assert max(mine.steps) == pytest.approx(0.004) and max(theirs.steps) == pytest.approx(0.008)
 
 
 def test_a_model_that_keeps_changing_is_measured_until_time_is_up() -> None:
@@ -135,6 +143,25 @@ def test_what_slows_both_leaves_the_ratio() -> None:
         Drifting(0.01, 0.001), Drifting(0.02, 0.001), WORKLOAD, max_seconds=1, min_turns=6
     )
     assert ratio.ttft == pytest.approx(0.5, rel=0.1)
+
+
+def test_a_stall_in_one_turn_leaves_the_ratio() -> None:
+    class Stalling(Sleeper):
+        def prefill(self) -> None:
+            CLOCK.now += 5.0 if self.calls.count("prefill") == 4 else 0.0
+            super().prefill()
+
+    _, _, ratio = time_pair(
+        Stalling(0.01, 0.004), Sleeper(0.02, 0.008), WORKLOAD, max_seconds=0.1, min_turns=12
+    )
+    assert ratio.ttft == pytest.approx(0.5) and ratio.ttft_interval < 0.01
+
+
+def test_turns_that_disagree_have_a_wide_interval() -> None:
+    mine, theirs = Timings([0.1, 0.2] * 8, [], []), Timings([0.2] * 16, [], [])
+    ratio = ratio_of(mine, theirs)
+    assert ratio.ttft == pytest.approx(0.5**0.5, rel=0.01) and 0.3 < ratio.ttft_interval < 1
+    assert (ratio.tpot, ratio.tpot_interval) == (1.0, 0.0)
 
 
 @given(st.lists(st.floats(0.1, 10), min_size=4, max_size=50))
