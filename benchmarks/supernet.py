@@ -229,7 +229,9 @@ class Bench:
         print(f"{line}  in {result.seconds / 60:.1f} min", flush=True)
         for network in ("super", "sub"):
             losses = [event.loss for event in curve if event.network == network]
-            tenths = [part.mean() for part in np.array_split(losses, min(10, len(losses)))] if losses else []
+            if not losses:
+                continue
+            tenths = [part.mean() for part in np.array_split(losses, min(10, len(losses)))]
             print(f"  {network} loss: " + " ".join(f"{loss:.3f}" for loss in tenths), flush=True)
         return found, result.steps
 
