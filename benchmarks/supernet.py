@@ -47,6 +47,7 @@ LENGTH, BATCH = 256, 8
 FULL_ROWS = 24
 """Held-out rows that the full model is scored on; the panel has as many or fewer."""
 STEPS, SPEED_ROUNDS = 6, 2
+PARTS = ("orderings", "tuning", "recipes", "speed")
 SMOOTHED = 10
 """Losses of one kind that a running mean in the plot covers."""
 RECIPE = FinetuneConfig(loss="cross-entropy", super_every=SUPER_EVERY_WITH_LABELS)
@@ -82,29 +83,35 @@ def main() -> int:
     parser.add_argument("--panel", type=int, default=24, help="sub-networks of the panel")
     parser.add_argument("--rows", type=int, default=24, help="rows of 256 tokens that the panel is scored on")
     parser.add_argument("--plot", type=Path, help="write the loss curves there (SVG or PNG)")
-    parser.add_argument("--parts", default="orderings,tuning,recipes,speed", help="what to measure")
+    parser.add_argument("--parts", default=",".join(PARTS), help="what to measure")
     options = parser.parse_args()
+    parts = options.parts.split(",")
+    if unknown := sorted(set(parts) - set(PARTS)):
+        parser.error(f"no part {', '.join(unknown)}: choose from {', '.join(PARTS)}")
+    if options.plot and not {"tuning", "recipes"} & set(parts):
+        parser.error("--plot draws what tuning and recipes measure: ask for one of these parts")
     if not DATA.is_dir():
         print(f"no data sets at {DATA}: nothing measured")
         return 0
     bench = Bench(options.panel, options.rows)
     figures: dict[str, float] = {}
-    parts = {
+    measures = {
         "orderings": bench.orderings,
         "tuning": lambda: bench.tuning(options.minutes),
         "recipes": lambda: bench.recipes(options.steps),
         "speed": speed,
     }
-    for part in options.parts.split(","):
-        figures |= parts[part]()
-    if options.plot:
-        plot(bench.curves, options.plot)
+    for part in parts:
+        figures |= measures[part]()
     bounds = [
         Bound(name, figures[name], bound, name in AT_MOST)
         for name, bound in BOUNDS.items()
         if name in figures
     ]
-    return conclude(bounds, {"figures": figures})
+    code = conclude(bounds, {"figures": figures})
+    if options.plot:
+        plot(bench.curves, options.plot)
+    return code
 
 
 @dataclass
@@ -142,7 +149,7 @@ class Bench:
         """What the default recipe reaches in that time."""
         self._head()
         timed = replace(RECIPE, steps=10**6, minutes=minutes)
-        found, steps = self._tuned("default", ("rms", "greedy"), timed, self._rows(minutes))
+        found, steps = self._tuned("default, timed", ("rms", "greedy"), timed, self._rows(minutes))
         return {
             "steps": steps,
             "panel_gain_nat": found["panel_before"] - found["panel_after"],

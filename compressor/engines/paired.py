@@ -92,7 +92,7 @@ def _mean_ratio(mine: Iterable[float], theirs: Iterable[float]) -> tuple[float, 
     if len(logs) < 4:
         return ratio, float("inf")
     deviation = statistics.stdev([kept[0]] * cut + kept + [kept[-1]] * cut)
-    return ratio, 2 * 1.96 * deviation / ((1 - 2 * TRIMMED) * len(logs) ** 0.5)
+    return ratio, 2 * 1.96 * deviation * len(logs) ** 0.5 / len(kept)
 
 
 def _settled(candidate: Timings, reference: Timings) -> bool:
