@@ -9,10 +9,10 @@ widths differ. What Python takes is not counted.
 
 from __future__ import annotations
 
-import ctypes
 from pathlib import Path
 
 from compressor.engines.base import MemoryEstimate
+from compressor.heap import give_back_freed
 from compressor.profile import EngineName, Profile, Workload
 from compressor.space import (
     BYTES_PER_ELEMENT,
@@ -106,7 +106,7 @@ def rope_bytes(shape: ModelShape) -> int:
 
 def resident_bytes() -> int:
     """Memory of this process that is resident now, what it freed but still holds given back first."""
-    _give_back_freed()
+    give_back_freed()
     return _status_bytes("VmRSS")
 
 
@@ -163,12 +163,6 @@ def _activation_bytes(shape: ModelShape, subnet: SubNetwork, workload: Workload,
     tokens = workload.prompt_tokens * workload.concurrency
     logits = 2 * workload.concurrency * shape.vocab_size
     return session + int(slack * element * (tokens * per_token + logits))
-
-
-def _give_back_freed() -> None:
-    """Let glibc return freed memory, which a later allocation would otherwise take without a trace."""
-    if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
-        trim(0)
 
 
 def _status_bytes(field: str) -> int:

@@ -11,6 +11,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch.nn import Parameter
 
 from compressor.errors import InputError, TrainingError
 from compressor.events import Listener, LossReported, StageProgress, ignore
+from compressor.heap import freed_memory_kept
 from compressor.space import SearchSpace
 from compressor.supernet import targets
 from compressor.supernet.checkpoint import (
@@ -71,7 +73,8 @@ def finetune(
     started = time.monotonic()
     processes = join_processes()
     _check(config, examples, processes)
-    with trained_parameters(elastic, config) as trained:
+    on_cpu = elastic.model.device.type == "cpu"
+    with freed_memory_kept() if on_cpu else nullcontext(), trained_parameters(elastic, config) as trained:
         identity = tuning_identity(space, config, examples, elastic.model, trained)
         processes.must_agree(identity + sample(elastic.model.parameters()))
         if original is None:
