@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from compressor.engines.apart import answer, measurement_of, request_text
+from compressor.engines.apart import BenchRequest, answer, measurement_of
 from compressor.engines.onnx_store import INDEX_FILE, WEIGHTS_FILE
 from compressor.errors import UnfitMachineError
 from compressor.measurement import Measurement
@@ -113,9 +113,9 @@ class Cluster:
         Raises ``InputError`` or ``UnfitMachineError``; also where the node dropped out and no other
         took over.
         """
-        request = request_text(subnet, workload, numerics, threads, max_seconds, fine_inputs)
-        sent = self._send(export_folder)
-        return measurement_of(self._ask(_bench_there, (sent, request), START_SECONDS + 20 * max_seconds))
+        request = BenchRequest(subnet, workload, numerics, threads, max_seconds, fine_inputs)
+        asked = self._send(export_folder), request.to_dict()
+        return measurement_of(self._ask(_bench_there, asked, START_SECONDS + request.allowed_seconds))
 
     def _send(self, export_folder: Path) -> dict[str, Any]:
         """References to the export's files, put into the object store once."""
@@ -177,7 +177,7 @@ def join(address: str, profile: str) -> list[str]:
     ]
 
 
-def _bench_there(sent: Mapping[str, Any], request: str) -> dict[str, Any]:
+def _bench_there(sent: Mapping[str, Any], request: Mapping[str, Any]) -> dict[str, Any]:
     """Runs on the node: one measurement, or the error that it ended with."""
     found = answer(_received(sent), request)
     if "conditions" in found:

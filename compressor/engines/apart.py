@@ -10,7 +10,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,35 @@ from compressor.space import Numerics, SubNetwork
 
 START_SECONDS = 120.0
 """Time allowed beyond the measuring itself, for starting and loading."""
+
+
+@dataclass(frozen=True)
+class BenchRequest:
+    """One measurement that another process is asked for: what of which sub-network, on which workload."""
+
+    subnet: SubNetwork
+    workload: Workload
+    numerics: Numerics = "int8"
+    threads: int | None = None
+    max_seconds: float = 10.0
+    fine_inputs: Sequence[str] = ()
+
+    @property
+    def allowed_seconds(self) -> float:
+        """What the measuring itself may take, warm-up, building and repeats included."""
+        return 20 * self.max_seconds
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON takes it."""
+        fields = {field: getattr(self, field) for field in ("numerics", "threads", "max_seconds")}
+        subnet, workload = self.subnet.to_dict(), self.workload.model_dump()
+        return {"subnet": subnet, "workload": workload, "fine_inputs": list(self.fine_inputs), **fields}
+
+    @classmethod
+    def from_dict(cls, found: Mapping[str, Any]) -> BenchRequest:
+        subnet = SubNetwork.from_dict(found["subnet"])
+        workload = Workload.model_validate(found["workload"])
+        return cls(**{**found, "subnet": subnet, "workload": workload})
 
 
 def bench_apart(
@@ -38,60 +67,43 @@ def bench_apart(
     Raises ``InputError`` or ``UnfitMachineError``, also where the process was killed, as the kernel
     does when memory runs out.
     """
-    request = request_text(subnet, workload, numerics, threads, max_seconds, fine_inputs)
+    request = BenchRequest(subnet, workload, numerics, threads, max_seconds, fine_inputs)
+    seconds = START_SECONDS + request.allowed_seconds
     command = [sys.executable, "-m", "compressor.engines.apart"]
     root = Path(__file__).resolve().parents[2]
     try:
         done = subprocess.run(
             command,
-            input=json.dumps({"export": str(export_folder.resolve()), "request": request}),
+            input=json.dumps({"export": str(export_folder.resolve()), "request": request.to_dict()}),
             capture_output=True,
             text=True,
             cwd=root,
-            timeout=START_SECONDS + 20 * max_seconds,
+            timeout=seconds,
         )
     except subprocess.TimeoutExpired:
         raise UnfitMachineError(
-            f"measuring {subnet.digest} took more than {START_SECONDS + 20 * max_seconds:.0f} s: "
+            f"measuring {subnet.digest} took more than {seconds:.0f} s: "
             "free the machine, or shorten the workload"
         ) from None
     return _answer(done, subnet)
 
 
-def request_text(
-    subnet: SubNetwork,
-    workload: Workload,
-    numerics: Numerics,
-    threads: int | None,
-    max_seconds: float,
-    fine_inputs: Sequence[str],
-) -> str:
-    """What ``answer`` is asked, as JSON."""
-    return json.dumps(
-        {
-            "subnet": subnet.to_dict(),
-            "workload": workload.model_dump(),
-            "numerics": numerics,
-            "threads": threads,
-            "max_seconds": max_seconds,
-            "fine_inputs": list(fine_inputs),
-        }
-    )
-
-
-def answer(export_folder: Path, text: str) -> dict[str, Any]:
-    """One measurement of a ``request_text``, or the error that it ended with, for ``measurement_of``."""
+def answer(export_folder: Path, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """One measurement of a ``BenchRequest``, or the error that it ended with, for ``measurement_of``."""
     from compressor.engines.onnxruntime import OnnxRuntimeEngine
 
-    request = json.loads(text)
+    request = BenchRequest.from_dict(asked)
     try:
-        engine = OnnxRuntimeEngine(export_folder, request["threads"])
-        subnet = SubNetwork.from_dict(request["subnet"])
-        candidate = engine.build(subnet, request["numerics"], request["fine_inputs"])
-        workload = Workload.model_validate(request["workload"])
-        return asdict(engine.bench(candidate, workload, max_seconds=request["max_seconds"]))
+        engine = OnnxRuntimeEngine(export_folder, request.threads)
+        candidate = engine.build(request.subnet, request.numerics, request.fine_inputs)
+        return asdict(engine.bench(candidate, request.workload, max_seconds=request.max_seconds))
     except CompressorError as error:
-        return {"error": str(error), "kind": type(error).__name__}
+        return error_of(error)
+
+
+def error_of(error: CompressorError) -> dict[str, Any]:
+    """An answer that says why there is no measurement."""
+    return {"error": str(error), "kind": type(error).__name__}
 
 
 def measurement_of(answer: Mapping[str, Any]) -> Measurement:

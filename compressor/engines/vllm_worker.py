@@ -19,12 +19,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
-from compressor.engines.apart import measurement_of
+from compressor.engines.apart import BenchRequest, error_of, measurement_of
 from compressor.engines.vllm_score import ROOT
 from compressor.errors import CompressorError, UnfitMachineError
 from compressor.measurement import Measurement
 from compressor.profile import Workload
-from compressor.space import SubNetwork
+from compressor.space import Numerics, SubNetwork
 
 START_SECONDS = 600.0
 """Time allowed beyond the measuring itself: for vLLM's imports, and for loading a large model on a GPU."""
@@ -44,7 +44,7 @@ class VllmWorker:
         subnet: SubNetwork,
         workload: Workload,
         *,
-        numerics: str = "int8",
+        numerics: Numerics = "int8",
         threads: int | None = None,
         max_seconds: float = 10.0,
     ) -> Measurement:
@@ -52,15 +52,9 @@ class VllmWorker:
 
         Raises ``InputError``, or ``UnfitMachineError`` where vLLM cannot load it or the process died.
         """
-        request = {
-            "supernet": str(supernet.resolve()),
-            "subnet": subnet.to_dict(),
-            "workload": workload.model_dump(),
-            "numerics": numerics,
-            "threads": threads,
-            "max_seconds": max_seconds,
-        }
-        return measurement_of(self._ask(request, START_SECONDS + 20 * max_seconds))
+        request = BenchRequest(subnet, workload, numerics, threads, max_seconds)
+        asked = {"supernet": str(supernet.resolve()), "request": request.to_dict()}
+        return measurement_of(self._ask(asked, START_SECONDS + request.allowed_seconds))
 
     def close(self) -> None:
         """End the process."""
@@ -76,12 +70,12 @@ class VllmWorker:
             self._log.close()
             self._log = None
 
-    def _ask(self, request: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+    def _ask(self, asked: Mapping[str, Any], seconds: float) -> dict[str, Any]:
         process = self._process or self._started()
         assert process.stdin is not None and process.stdout is not None
         line = ""
         try:
-            process.stdin.write(json.dumps(request) + "\n")
+            process.stdin.write(json.dumps(asked) + "\n")
             process.stdin.flush()
             line = process.stdout.readline() if _readable(process.stdout, seconds) else ""
         except OSError:
@@ -130,20 +124,19 @@ def main() -> int:
     return 0
 
 
-def _answer(request: Mapping[str, Any]) -> dict[str, Any]:
+def _answer(asked: Mapping[str, Any]) -> dict[str, Any]:
     from compressor.engines.vllm import VllmEngine
 
-    workload = Workload.model_validate(request["workload"])
-    subnet = SubNetwork.from_dict(request["subnet"])
+    request = BenchRequest.from_dict(asked["request"])
     try:
-        engine = VllmEngine(Path(request["supernet"]), request["threads"])
-        candidate = engine.build(subnet, workload, request["numerics"])
+        engine = VllmEngine(Path(asked["supernet"]), request.threads)
+        candidate = engine.build(request.subnet, request.workload, request.numerics)
         try:
-            return asdict(engine.bench(candidate, workload, max_seconds=request["max_seconds"]))
+            return asdict(engine.bench(candidate, request.workload, max_seconds=request.max_seconds))
         finally:
             candidate.close()
     except CompressorError as error:
-        return {"error": str(error), "kind": type(error).__name__}
+        return error_of(error)
 
 
 def _readable(stream: IO[str], seconds: float) -> bool:

@@ -236,7 +236,7 @@ class VllmTarget:
         """End the vLLM that measures: it holds memory."""
         self._worker.close()
 
-    def _bench(self, model: Path, subnet: SubNetwork, numerics: str, seconds: float) -> Measurement:
+    def _bench(self, model: Path, subnet: SubNetwork, numerics: Numerics, seconds: float) -> Measurement:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # what this process freed but holds is vLLM's to take
         return self._worker.bench(
