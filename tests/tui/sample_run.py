@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +23,17 @@ from tui.facts import ModelFacts
 SHAPE = ModelShape(576, 1536, 30, 9, 3, 64, 49152, tie_word_embeddings=True, max_position_embeddings=8192)
 STARTER = ModelFacts("SmolLM2-135M-Instruct", "starter", "apache-2.0", 134_515_008, SHAPE)
 BEGAN = 1_700_000_000.0
+_HOLDER = """
+import sys, time
+from pathlib import Path
+from compressor.runfolder import RunFolder
+with RunFolder(Path(sys.argv[1])).locked():
+    print("locked", flush=True)
+    try:
+        time.sleep(120)
+    except KeyboardInterrupt:
+        sys.exit(130)
+"""
 STAGES = (
     ("base", "Loading the model", 0, "steps", 3.2),
     ("text", "Writing text with the unpruned model", 34_560, "tokens", 71.0),
@@ -159,3 +174,17 @@ def write_run(path: Path, count: int = 40) -> RunFolder:
     if count >= 40:
         write_json(folder.front, TypeAdapter(report.ReportData).dump_python(report_data(), mode="json"))
     return folder
+
+
+@contextmanager
+def worked_on(folder: RunFolder) -> Iterator[subprocess.Popen[str]]:
+    """A process that holds the folder within the block, as a run in the background does."""
+    command = [sys.executable, "-c", _HOLDER, str(folder.path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "locked\n"
+        try:
+            yield holder
+        finally:
+            if holder.poll() is None:
+                holder.kill()

@@ -13,8 +13,7 @@ from textual.widgets import Input, Static
 
 from compressor.profile import profile_text
 from tests.tui.driving import Build, drive, fill, message, press, settle, step
-from tests.tui.sample_run import write_run
-from tests.tui.test_processes import HOLDER
+from tests.tui.sample_run import worked_on, write_run
 from tui.app import Wizard
 from tui.screens.dialogs import PathDialog, TooSmallDialog
 
@@ -88,10 +87,7 @@ def test_tasks_need_a_name_and_their_data_a_folder(wizard: Build) -> None:
 
 def test_a_run_folder_in_use_holds_one_back(wizard: Build) -> None:
     folder = write_run(Path("runs/starter-starter-cpu"), 5)
-    command = [sys.executable, "-c", HOLDER, str(folder.path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
-        assert holder.stdout is not None
-        holder.stdout.readline()
+    with worked_on(folder):
 
         async def steps(pilot: Pilot[None], app: Wizard) -> None:
             await press(pilot, "ctrl+n", "ctrl+n", "ctrl+n")
@@ -99,7 +95,6 @@ def test_a_run_folder_in_use_holds_one_back(wizard: Build) -> None:
             assert step(app) == "plan"
 
         drive(wizard(), steps)
-        holder.kill()
 
 
 def test_a_folder_with_a_run_of_another_model_holds_one_back(wizard: Build) -> None:

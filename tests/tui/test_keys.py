@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 from textual.pilot import Pilot
 from textual.widgets import Input, Static
 
 from tests.tui.driving import Build, drive, fill, message, press, settle, step
-from tests.tui.sample_run import write_run
-from tests.tui.test_processes import HOLDER
+from tests.tui.sample_run import worked_on, write_run
 from tui.app import Wizard
 from tui.screens.choose import ChooseStep
 from tui.screens.dialogs import HelpDialog, LeaveDialog, OpenRunDialog, PathDialog
@@ -33,10 +30,7 @@ def test_going_back_keeps_what_was_chosen(wizard: Build) -> None:
 
 def test_leaving_while_a_run_works_asks_and_can_let_it_run(wizard: Build) -> None:
     folder = write_run(Path("runs/sample"), 5)
-    command = [sys.executable, "-c", HOLDER, str(folder.path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
-        assert holder.stdout is not None
-        holder.stdout.readline()
+    with worked_on(folder) as holder:
 
         async def steps(pilot: Pilot[None], app: Wizard) -> None:
             assert step(app) == "run"
@@ -53,7 +47,6 @@ def test_leaving_while_a_run_works_asks_and_can_let_it_run(wizard: Build) -> Non
 
         drive(wizard(folder.path), steps)
         assert holder.poll() is None
-        holder.kill()
 
 
 def test_a_run_is_opened_from_the_list(wizard: Build) -> None:
@@ -131,10 +124,7 @@ def test_help_themes_and_the_folder_picker_open_and_close(wizard: Build) -> None
 
 def test_a_run_at_work_is_paused_and_stopped_by_keys(wizard: Build) -> None:
     folder = write_run(Path("runs/sample"), 5)
-    command = [sys.executable, "-c", HOLDER, str(folder.path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
-        assert holder.stdout is not None
-        holder.stdout.readline()
+    with worked_on(folder) as holder:
 
         async def steps(pilot: Pilot[None], app: Wizard) -> None:
             run = app.run_at_work

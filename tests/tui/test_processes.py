@@ -19,22 +19,10 @@ import pytest
 
 from compressor.errors import InputError, PackageError, RunConflictError
 from compressor.runfolder import RunFolder
-from tests.tui.sample_run import write_run
+from tests.tui.sample_run import worked_on, write_run
 from tui.background import NICENESS, STOPPED_BY_HAND, BackgroundRun, Ending, last_complaint
 from tui.choices import Choices
 from tui.endpoint import Endpoint, refuse_taken_port
-
-HOLDER = """
-import sys, time
-from pathlib import Path
-from compressor.runfolder import RunFolder
-with RunFolder(Path(sys.argv[1])).locked():
-    print("locked", flush=True)
-    try:
-        time.sleep(120)
-    except KeyboardInterrupt:
-        sys.exit(130)
-"""
 
 
 def until(true: Callable[[], bool], seconds: float = 30) -> bool:
@@ -50,13 +38,8 @@ def until(true: Callable[[], bool], seconds: float = 30) -> bool:
 def held_run(tmp_path: Path) -> Iterator[RunFolder]:
     """A run folder that a process works on, as a run in the background does."""
     folder = write_run(tmp_path / "run", 5)
-    command = [sys.executable, "-c", HOLDER, str(folder.path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
-        assert holder.stdout is not None
-        assert holder.stdout.readline() == "locked\n"
+    with worked_on(folder):
         yield folder
-        if holder.poll() is None:
-            holder.kill()
 
 
 def test_a_run_at_work_is_found_paused_resumed_and_stopped(held_run: RunFolder) -> None:
@@ -105,13 +88,15 @@ def test_a_run_that_fails_leaves_its_message_and_lives_in_a_session_of_its_own(t
 
 def test_a_run_can_be_stopped_though_the_wizard_itself_ignores_interrupts(tmp_path: Path) -> None:
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    run = BackgroundRun.start(Choices().in_folder(tmp_path / "run"))
     try:
-        run = BackgroundRun.start(Choices().in_folder(tmp_path / "run"))
-        assert until(run.folder.run_file.exists, 60)
+        assert until(run.folder.run_file.exists, 120)
         run.stop()
         assert until(lambda: not run.alive, 60)
     finally:
         signal.signal(signal.SIGINT, before)
+        if run.alive:
+            os.kill(run.pid, signal.SIGKILL)
     assert run.ending().code == STOPPED_BY_HAND and not run.ending().failed
 
 
