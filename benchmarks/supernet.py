@@ -72,6 +72,7 @@ ORDERINGS = (
     ("paper", "leave-one-out"),
     ("paper", "greedy"),
     ("rms", "block-influence"),
+    ("rms", "leave-one-out"),
     ("rms", "greedy"),
 )
 
