@@ -18,6 +18,9 @@ GAP = 1.7  # times its usual step may a stream wait for its next token
 LEAST = 0.15  # of a step's time goes to reading at least, where steps have become slow themselves
 SMOOTHING = 0.2
 GROWTH = 1.5
+TOGETHER_SECONDS = (
+    1.0  # may pass between a stream's first two tokens while the prompts that came with it are read
+)
 
 
 class Pace:
@@ -27,6 +30,7 @@ class Pace:
         self.decode_seconds = 0.0
         self._usual: dict[int, float] = {}  # by the number of sequences, of steps with no reading between
         self._size = float(FIRST_TOKENS)
+        self._token_seconds = 0.0  # of reading where nobody waits
 
     def decoded(self, seconds: float, decoding: int, reading: bool) -> None:
         """A decoding step of so many sequences took so long."""
@@ -46,14 +50,21 @@ class Pace:
         rest = GAP * self._usual.get(decoding, step) - step
         return max(rest, LEAST * step) * _share(decoding, prefilling)
 
+    def worth_waiting(self, waited: float, tokens: int) -> bool:
+        """Whether streams that have waited so long since their first token should wait until ``tokens`` more
+        of others' prompts are read: prompts read whole and streams that go on together take fewer passes."""
+        return waited + tokens * self._token_seconds <= TOGETHER_SECONDS
+
     def chunk(self, decoding: int, prefilling: int) -> int:
         """Tokens to read at a time while ``decoding`` sequences wait."""
         if not decoding:
             return CHUNK_TOKENS
         return min(CHUNK_TOKENS, int(self._size * _share(decoding, prefilling)))
 
-    def read(self, tokens: int, seconds: float, decoding: int, prefilling: int) -> None:
-        """A part took so long for a chunk of ``tokens`` while ``decoding`` sequences waited."""
+    def read(self, tokens: int, seconds: float, decoding: int, prefilling: int, parts: int) -> None:
+        """One of ``parts`` took so long for a chunk of ``tokens`` while ``decoding`` sequences waited."""
+        if not decoding:
+            self._token_seconds = _smoothed(self._token_seconds, seconds * parts / tokens)
         if not (decoding and self.decode_seconds):
             return
         share = _share(decoding, prefilling)

@@ -1,12 +1,13 @@
 """The batching loop: one thread owns the model, and requests join and leave between tokens.
 
 A turn works on the oldest prompt for as long as running sequences may wait for it (pace.py), then decodes
-one token of each of them.
+one token of each of them. Prompts that come together are read before any of them goes on.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -129,8 +130,21 @@ class Scheduler:
         self._admit()
         if self.rows.prefilling:
             self._prefill(min(self.rows.prefilling, key=lambda sequence: sequence.times.submitted))
-        if self.rows.decoding:
+            self._admit()  # what came meanwhile
+        if self.rows.decoding and not self._only_begun():
             self._decode()
+
+    def _only_begun(self) -> bool:
+        """Whether all that could decode have one token so far, and wait for prompts yet to be read."""
+        begun, unread = self.rows.decoding, self.rows.prefilling
+        if not unread or any(len(sequence.output) > 1 for sequence in begun):
+            return False
+        first = min((sequence.times.first_token or 0.0 for sequence in begun), default=math.inf)
+        return self._pace.worth_waiting(time.monotonic() - first, sum(map(self._unread, unread)))
+
+    def _unread(self, sequence: SequenceState) -> int:
+        """Tokens of its prompt that are not in the cache yet."""
+        return len(sequence.request.prompt) - len(self._model.cache.rows[self.rows.row_of(sequence)].tokens)
 
     def _reap(self) -> None:
         """Let go of sequences whose client left or whose time is up."""
@@ -162,25 +176,26 @@ class Scheduler:
         """Work on the prompt for as long as others may wait; a chunk may be left between two parts."""
         if not sequence.prefill_begun:
             self._begin_prefill(sequence)
-        waiting, reading = len(self.rows.decoding), len(self.rows.prefilling)
+        waiting = 0 if self._only_begun() else len(self.rows.decoding)
+        reading = len(self.rows.prefilling)
         allowed = self._pace.allowed_seconds(waiting, reading)
         spent, seconds = 0.0, 0.0
         while spent + seconds <= allowed:
-            chunk = sequence.chunk = sequence.chunk or self._next_chunk(sequence)
+            chunk = sequence.chunk = sequence.chunk or self._next_chunk(sequence, waiting)
             began = time.monotonic()
             logits = self._model.advance(self.rows.row_of(sequence), chunk)
             seconds = time.monotonic() - began
             spent += seconds
-            self._pace.read(len(chunk.ids), seconds, waiting, reading)
+            self._pace.read(len(chunk.ids), seconds, waiting, reading, self._model.parts)
             if logits is not None:
                 sequence.chunk = None
                 if self._end_chunk(sequence, chunk, logits) or not waiting:
                     return
 
-    def _next_chunk(self, sequence: SequenceState) -> Chunk:
-        prompt = sequence.request.prompt
-        done = len(self._model.cache.rows[self.rows.row_of(sequence)].tokens)
-        size = steady_size(self._chunk_tokens(sequence), len(prompt) - done)
+    def _next_chunk(self, sequence: SequenceState, waiting: int) -> Chunk:
+        prompt, unread = sequence.request.prompt, self._unread(sequence)
+        done = len(prompt) - unread
+        size = steady_size(self._chunk_tokens(sequence, waiting), unread)
         return Chunk(prompt[done : done + size], every=sequence.request.score_prompt)
 
     def _end_chunk(self, sequence: SequenceState, chunk: Chunk, logits: Logits) -> bool:
@@ -208,8 +223,8 @@ class Scheduler:
             self.rows.share_prefix(sequence)
         self.counters.cached_tokens += sequence.cached_tokens
 
-    def _chunk_tokens(self, sequence: SequenceState) -> int:
-        tokens = self._pace.chunk(len(self.rows.decoding), len(self.rows.prefilling))
+    def _chunk_tokens(self, sequence: SequenceState, waiting: int) -> int:
+        tokens = self._pace.chunk(waiting, len(self.rows.prefilling))
         if sequence.request.score_prompt:
             return min(tokens, SCORED_CHUNK_TOKENS) if self._model.scores_chunks else 1
         return tokens

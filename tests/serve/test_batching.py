@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import queue
 import random
 from pathlib import Path
@@ -37,7 +38,16 @@ def make_model(package: ServedPackage, rows: int) -> Model:
 
 def run_all(package: ServedPackage, rows: int, requests: list[GenerationRequest]) -> list[SequenceState]:
     """All requests through one scheduler, submitted at once."""
-    scheduler = Scheduler(make_model(package, rows), CONTEXT * rows, queue_limit=len(requests))
+    return run_through(make_scheduler(package, rows, len(requests)), package, requests)
+
+
+def make_scheduler(package: ServedPackage, rows: int, queue_limit: int) -> Scheduler:
+    return Scheduler(make_model(package, rows), CONTEXT * rows, queue_limit)
+
+
+def run_through(
+    scheduler: Scheduler, package: ServedPackage, requests: list[GenerationRequest]
+) -> list[SequenceState]:
     ends: queue.Queue = queue.Queue()
     states = [SequenceState(request, package.tokenizer, ends.put) for request in requests]
     scheduler.submit(states)
@@ -68,6 +78,15 @@ def test_fifty_mixed_requests_together_equal_each_alone(package):
     differing = [i for i, (a, b) in enumerate(zip(together, alone, strict=True)) if a.output != b.output]
     assert differing == []
     assert any(state.cached_tokens for state in together)
+
+
+@pytest.mark.parametrize(("patience", "together"), [(math.inf, True), (-math.inf, False)])
+def test_prompts_that_come_together_are_read_before_any_goes_on(package, monkeypatch, patience, together):
+    monkeypatch.setattr("serve.pace.TOGETHER_SECONDS", patience)
+    requests = [GenerationRequest(range(3 * i + 3, 3 * i + 43), GREEDY, max_tokens=12) for i in range(6)]
+    scheduler = make_scheduler(package, 6, len(requests))
+    run_through(scheduler, package, requests)
+    assert (scheduler.counters.steps == 11) is together
 
 
 @pytest.mark.slow

@@ -28,7 +28,7 @@ def read_prompt(
             pace.decoded(STEP * slower, 1, True)
             seconds = fixed + size * (each + attention * done)
             gaps.append(STEP * slower + seconds)
-            pace.read(size, seconds, 1, 1)
+            pace.read(size, seconds, 1, 1, PARTS)
         done += size
     return gaps
 
@@ -53,7 +53,7 @@ def test_a_hopeless_machine_still_reads():
     slow = Pace()
     for _ in range(50):
         slow.decoded(STEP, 1, False)
-        slow.read(slow.chunk(1, 1), 1.0, 1, 1)
+        slow.read(slow.chunk(1, 1), 1.0, 1, 1, PARTS)
     assert slow.chunk(1, 1) == MIN_TOKENS
     slow.decoded(100 * STEP, 1, True)
     assert slow.allowed_seconds(1, 1) > 0
@@ -66,11 +66,18 @@ def test_prompts_get_more_time_where_more_wait_for_them():
     assert pace.allowed_seconds(1, 7) == pytest.approx(7 * pace.allowed_seconds(1, 1))
 
 
+def test_streams_that_have_only_begun_wait_for_prompts_that_are_soon_read():
+    pace = Pace()
+    pace.read(100, 0.1 / PARTS, 0, 1, PARTS)
+    assert pace.worth_waiting(0.0, 900) and pace.worth_waiting(0.5, 400)
+    assert not pace.worth_waiting(0.0, 1100) and not pace.worth_waiting(0.5, 600)
+
+
 def test_the_short_rest_of_a_prompt_says_nothing_about_whole_chunks():
     pace = Pace()
     pace.decoded(STEP, 1, False)
     before = pace.chunk(1, 1)
-    pace.read(1, 0.001, 1, 1)
+    pace.read(1, 0.001, 1, 1, PARTS)
     assert pace.chunk(1, 1) == before
 
 
