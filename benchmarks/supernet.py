@@ -298,6 +298,7 @@ def plot(curves: dict[str, list[LossReported]], path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import FixedLocator, NullLocator
 
     figure, grid = pyplot.subplots(
         1, len(curves), figsize=(4.2 * len(curves), 3.6), sharey=True, squeeze=False, layout="constrained"
@@ -309,10 +310,14 @@ def plot(curves: dict[str, list[LossReported]], path: Path) -> None:
             if not taken:
                 continue
             steps, losses = [event.step for event in taken], np.array([event.loss for event in taken])
-            means = [losses[max(0, i - SMOOTHED + 1) : i + 1].mean() for i in range(len(losses))]
+            window = min(SMOOTHED, max(1, len(losses) // 4))
+            means = [losses[max(0, i - window + 1) : i + 1].mean() for i in range(len(losses))]
             axes.plot(steps, losses, ".", markersize=3, alpha=0.4, color=color)
             axes.plot(steps, means, color=color, label=labels[network])
-        axes.set(title=title, xlabel="step")
+        axes.set(title=title, xlabel="step", yscale="log")
+        axes.yaxis.set_major_locator(FixedLocator((1, 2, 3, 5, 10, 20, 30)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_locator(NullLocator())
         axes.grid(alpha=0.3)
     grid[0][0].set(ylabel="loss of the step, nats a token")
     grid[0][0].legend()
