@@ -99,6 +99,15 @@ def test_the_front_carries_the_unpruned_model_in_three_numerics(finished: Path) 
     assert len(front["candidates"]) == 10
 
 
+def test_the_winner_is_measured_in_turns_with_the_unpruned_model(finished: Path) -> None:
+    ratios = read_manifest(finished / "package").speed[0].conditions["beside_unpruned_int8"]
+    winner = json.loads((finished / "front.json").read_text())["winner"]
+    for figure in ("ttft", "tpot"):
+        assert winner[f"{figure}_beside"]["ratio"] == ratios[f"{figure}_ratio"] > 0
+    assert ratios["turns"] >= 4
+    assert "In turns with the unpruned model" in (finished / "report" / "index.html").read_text()
+
+
 def test_nothing_is_paid_for_twice_when_a_finished_run_goes_on(
     finished: Path, home: Path, tiny_model_folder: Path
 ) -> None:

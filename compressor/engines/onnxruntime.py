@@ -27,7 +27,7 @@ from compressor.engines.onnx_session import (
     usable_cores,
 )
 from compressor.engines.onnx_store import Export, open_export
-from compressor.engines.paired import time_pair
+from compressor.engines.paired import Ratio, time_pair
 from compressor.errors import InputError
 from compressor.measurement import Measurement
 from compressor.profile import Workload
@@ -110,6 +110,19 @@ class OnnxRuntimeEngine:
             **ratio.to_dict(),
         }
         return replace(measured, conditions={**measured.conditions, **against})
+
+    def ratio(
+        self,
+        candidate: OnnxCandidate,
+        reference: OnnxCandidate,
+        workload: Workload,
+        *,
+        max_seconds: float = 6.0,
+    ) -> Ratio:
+        """A candidate's times over a reference's, which may be of another export of the same shape."""
+        runners = self.runner(candidate, workload), self.runner(reference, workload)
+        _, _, ratio = time_pair(*runners, workload, max_seconds=max_seconds)
+        return ratio
 
     def placement(self, subnet: SubNetwork, numerics: Numerics = "int8") -> dict[str, int]:
         """Nodes of a sub-network by the execution provider that really ran them."""

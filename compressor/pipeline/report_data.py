@@ -13,7 +13,7 @@ from compressor.pipeline.context import Context
 from compressor.pipeline.plan import Plan
 from compressor.pipeline.references import PYTORCH, ReferenceSet
 from compressor.pipeline.replanning import GIB, budget_limits
-from compressor.pipeline.winner import Finalist
+from compressor.pipeline.winner import BESIDE, Finalist
 from compressor.report import data as report
 from compressor.search.front import pareto_front
 from compressor.search.problem import Outcome, Problem
@@ -121,7 +121,16 @@ def _winner(
         search_accuracy=_row_score(finalist.search_score),
         parameters=parameter_count(plan.shape, finalist.subnet),
         tests=_paired_tests(task, references, finalist),
+        ttft_beside=_beside(finalist.speed, "ttft"),
+        tpot_beside=_beside(finalist.speed, "tpot"),
     )
+
+
+def _beside(speed: Measurement, figure: str) -> report.SideBySide | None:
+    ratios = speed.conditions.get(BESIDE)
+    if not ratios:
+        return None
+    return report.SideBySide(ratios[f"{figure}_ratio"], ratios[f"{figure}_ratio_interval"] / 2)
 
 
 def _paired_tests(
@@ -159,7 +168,8 @@ def _budgets(context: Context, finalist: Finalist | None) -> tuple[report.Budget
 
 
 def _conditions(finalist: Finalist | None) -> dict[str, str]:
-    return {name: str(value) for name, value in finalist.speed.conditions.items()} if finalist else {}
+    conditions = finalist.speed.conditions if finalist else {}
+    return {name: str(value) for name, value in conditions.items() if name != BESIDE}
 
 
 def _next_commands(context: Context, finalist: Finalist | None) -> tuple[tuple[str, str], ...]:

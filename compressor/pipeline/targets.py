@@ -12,6 +12,8 @@ from typing import Any, Protocol
 import torch
 
 from compressor.engines import vllm_package
+from compressor.engines.host import require_free_memory
+from compressor.engines.memory import required_memory_bytes
 from compressor.engines.onnx_exact import Exactness
 from compressor.engines.onnxruntime import OnnxCandidate, OnnxRuntimeEngine
 from compressor.engines.vllm_score import vllm_python
@@ -46,6 +48,13 @@ class Target(Protocol):
         ...
 
     def bench_unpruned(self, subnet: SubNetwork, numerics: Numerics, seconds: float) -> Measurement: ...
+
+    def beside_unpruned(
+        self, subnet: SubNetwork, exactness: Exactness | None, seconds: float
+    ) -> Mapping[str, float]:
+        """A finalist's times over the unpruned model's in INT8, measured in turns: ``Ratio.to_dict``. Empty
+        where the engine does not measure in turns; ``UnfitMachineError`` where memory lacks for both."""
+        ...
 
     def prove(self, terms: Terms, subnet: SubNetwork) -> Exactness | None:
         """That what ships predicts what its sub-network does, and what it takes for that; None where
@@ -136,6 +145,22 @@ class OnnxTarget:
     def bench_unpruned(self, subnet: SubNetwork, numerics: Numerics, seconds: float) -> Measurement:
         return self._apart(self._base, subnet, numerics, seconds)
 
+    def beside_unpruned(
+        self, subnet: SubNetwork, exactness: Exactness | None, seconds: float
+    ) -> Mapping[str, float]:
+        if self._context.cluster is not None:
+            return {}
+        shape = self._base.export.shape
+        whole = SubNetwork(tuple(range(shape.num_layers)), (shape.intermediate_size,) * shape.num_layers)
+        workload, numerics = self._profile.workload, self._profile.numerics
+        both: tuple[tuple[SubNetwork, Numerics], ...] = ((subnet, numerics), (whole, "int8"))
+        require_free_memory(
+            sum(required_memory_bytes(shape, one, workload, kind).total for one, kind in both)
+        )
+        finalist = self.engine.build(subnet, numerics, _fine(exactness))
+        unpruned = self._base.build(whole, "int8")
+        return self.engine.ratio(finalist, unpruned, workload, max_seconds=seconds).to_dict()
+
     def prove(self, terms: Terms, subnet: SubNetwork) -> Exactness | None:
         return prove(self._context, terms, self.engine, subnet)
 
@@ -210,6 +235,12 @@ class VllmTarget:
 
     def bench_unpruned(self, subnet: SubNetwork, numerics: Numerics, seconds: float) -> Measurement:
         return self._bench(self._context.folder.base, subnet, numerics, seconds)
+
+    def beside_unpruned(
+        self, subnet: SubNetwork, exactness: Exactness | None, seconds: float
+    ) -> Mapping[str, float]:
+        del subnet, exactness, seconds
+        return {}
 
     def prove(self, terms: Terms, subnet: SubNetwork) -> Exactness | None:
         """Nothing: a vLLM package is compared with what was meant as it is written."""

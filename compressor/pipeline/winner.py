@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from compressor.engines.onnx_exact import Exactness
+from compressor.errors import UnfitMachineError
 from compressor.ledger import Key, Row
 from compressor.measurement import Measurement
 from compressor.pipeline.accuracy import AccuracyTask
@@ -20,6 +21,8 @@ from compressor.space import SubNetwork
 FINAL_MEASURE = "measure:final"
 FINAL_SECONDS_FACTOR = 4.0
 """A winner is measured this many times longer than a candidate of the search."""
+BESIDE = "beside_unpruned_int8"
+"""Among a finalist's conditions: its times over the unpruned model's, as ``Ratio.to_dict`` gives them."""
 
 
 @dataclass(frozen=True)
@@ -104,8 +107,21 @@ def _measured_again(
     if row is None:
         seconds = FINAL_SECONDS_FACTOR * context.request.effort.bench_seconds
         speed = target.bench_longer(subnet, exactness, seconds)
-        row = context.ledger.put(Row(key, subnet, speed.metrics(), details=dict(speed.conditions)))
+        details = {**speed.conditions, **_beside_unpruned(context, target, subnet, exactness, seconds)}
+        row = context.ledger.put(Row(key, subnet, speed.metrics(), details=details))
     return Measurement.from_metrics(row.metrics, row.details)
+
+
+def _beside_unpruned(
+    context: Context, target: Target, subnet: SubNetwork, exactness: Exactness | None, seconds: float
+) -> dict[str, object]:
+    """What a finalist's conditions say of its times beside the unpruned model's."""
+    try:
+        ratios = target.beside_unpruned(subnet, exactness, seconds)
+    except UnfitMachineError as error:
+        context.warn(f"the winner is not measured in turns with the unpruned model: {error}")
+        return {}
+    return {BESIDE: dict(ratios)} if ratios else {}
 
 
 def _scored(

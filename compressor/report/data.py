@@ -76,6 +76,15 @@ class PairedTest:
 
 
 @dataclass(frozen=True)
+class SideBySide:
+    """The winner's time over that of the unpruned model in INT8, both measured in turns: what disturbs one
+    disturbs both. ``half_interval`` is of the 95% interval, relative to the ratio."""
+
+    ratio: float
+    half_interval: float
+
+
+@dataclass(frozen=True)
 class Winner:
     """The sub-network that was packaged. ``accuracy`` is the artefact's own, on the report split."""
 
@@ -86,6 +95,8 @@ class Winner:
     search_accuracy: Score | None = None
     parameters: int | None = None
     tests: tuple[PairedTest, ...] = ()
+    ttft_beside: SideBySide | None = None
+    tpot_beside: SideBySide | None = None
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from compressor.report.data import Budget, PairedTest, ReportData, Score, Speed
+from compressor.report.data import Budget, PairedTest, ReportData, Score, SideBySide, Speed, Winner
 from compressor.space import SubNetwork
 
 SIGNIFICANCE = 0.05
@@ -121,6 +121,27 @@ def paired_test(test: PairedTest) -> str:
         return f"No significant difference from {test.against} (McNemar, {figures}; {counts})."
     verdict = "better" if test.gained > test.lost else "worse"
     return f"Significantly {verdict} than {test.against} (McNemar, {figures}; {counts})."
+
+
+def beside_unpruned(winner: Winner) -> list[str]:
+    """How much faster the winner is than the unpruned model in INT8, where they were measured in turns."""
+    if winner.ttft_beside is None or winner.tpot_beside is None:
+        return []
+    return [
+        "In turns with the unpruned model in INT8, it takes "
+        f"{_times(winner.ttft_beside)} of its time to first token "
+        f"and {_times(winner.tpot_beside)} of its time per output token."
+    ]
+
+
+def _times(beside: SideBySide) -> str:
+    low, high = (beside.ratio * (1 + sign * beside.half_interval) for sign in (-1, 1))
+    return f"{percent(beside.ratio)} ({100 * low:.1f} to {100 * high:.1f}%)"
+
+
+def about_winner(winner: Winner) -> list[str]:
+    """What its figures alone do not say: tests and measurements that pair it with the unpruned model."""
+    return [*map(paired_test, winner.tests), *beside_unpruned(winner)]
 
 
 def headline(data: ReportData) -> str:
