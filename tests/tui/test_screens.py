@@ -43,6 +43,7 @@ FURTHER_OF_A_RUN: dict[str, tuple[int, list[str]]] = {
     "4-run-speed": (22, ["v"]),
     "5-choose-layers": (40, ["2"]),
     "5-choose-compare": (40, ["down", "3"]),
+    "5-choose-compare-winner": (40, ["3"]),
     "5-choose-what-if": (40, ["4"]),
     "6-package-gguf": (40, ["ctrl+n", "shift+tab", "shift+tab", "right", "enter"]),
 }
