@@ -18,9 +18,7 @@ GAP = 1.7  # times its usual step may a stream wait for its next token
 LEAST = 0.15  # of a step's time goes to reading at least, where steps have become slow themselves
 SMOOTHING = 0.2
 GROWTH = 1.5
-TOGETHER_SECONDS = (
-    1.0  # may pass between a stream's first two tokens while the prompts that came with it are read
-)
+TOGETHER_SECONDS = 1.0  # between a stream's first two tokens, if prompts that came with it are read meanwhile
 
 
 class Pace:
