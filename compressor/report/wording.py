@@ -128,7 +128,7 @@ def beside_unpruned(winner: Winner) -> list[str]:
     if winner.ttft_beside is None or winner.tpot_beside is None:
         return []
     return [
-        "In turns with the unpruned model in INT8, it takes "
+        "In turns with the unpruned model in INT8, the winner takes "
         f"{_times(winner.ttft_beside)} of its time to first token "
         f"and {_times(winner.tpot_beside)} of its time per output token."
     ]
