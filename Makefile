@@ -101,7 +101,7 @@ bench-evaluation: setup  ## our scorer beside lm-eval's own model
 	$(BIN)/python benchmarks/evaluation.py
 
 bench-supernet: setup  ## ranking and tuning, beside transformers' Trainer
-	$(BIN)/python benchmarks/supernet.py
+	$(BIN)/python benchmarks/supernet.py --plot build/bench-supernet.svg
 
 bench-measure: setup setup-llama  ## building and measuring candidates, beside llama.cpp
 	$(BIN)/python benchmarks/measure.py

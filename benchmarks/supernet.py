@@ -80,9 +80,9 @@ ORDERINGS = (
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=40, help="of the default recipe's tuning")
-    parser.add_argument("--steps", type=int, default=60, help="of each recipe that is compared")
+    parser.add_argument("--steps", type=int, default=24, help="of each recipe that is compared")
     parser.add_argument("--panel", type=int, default=24, help="sub-networks of the panel")
-    parser.add_argument("--rows", type=int, default=24, help="rows of 256 tokens that the panel is scored on")
+    parser.add_argument("--rows", type=int, default=6, help="rows of 256 tokens that the panel is scored on")
     parser.add_argument("--plot", type=Path, help="write the loss curves there (SVG or PNG)")
     parser.add_argument("--parts", default=",".join(PARTS), help="what to measure")
     options = parser.parse_args()

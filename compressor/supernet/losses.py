@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ROWS_AT_ONCE = 512
+ROWS_AT_ONCE = 256
 IGNORED = -100
 """A label that does not count."""
 
