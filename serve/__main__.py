@@ -10,7 +10,7 @@ from pathlib import Path
 
 from compressor.errors import CompressorError
 from compressor.manifest import read_manifest
-from serve.settings import Settings
+from serve.settings import CONCURRENCY, Settings
 
 
 def main() -> int:
@@ -47,12 +47,15 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--max-concurrency",
         type=int,
-        default=Settings.max_concurrency,
-        help="sequences at once [%(default)s]",
+        help=f"sequences at once [{CONCURRENCY}; on a GPU what its memory holds]",
     )
     add("--queue-size", type=int, default=Settings.queue_size, help="sequences that may wait [%(default)s]")
     add("--max-context", type=int, help="longest prompt plus answer, tokens [the model's]")
-    add("--cache-gib", type=float, help="memory of the key-value cache, GiB [0.4 of what is free]")
+    add(
+        "--cache-gib",
+        type=float,
+        help="memory of the key-value cache, GiB [0.4 of what is free; on a GPU what the budget leaves]",
+    )
     add(
         "--request-timeout",
         type=float,

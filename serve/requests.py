@@ -58,7 +58,7 @@ def repeat(request: GenerationRequest, times: int) -> list[GenerationRequest]:
 
 def check_choices(service: Service, count: int, param: str) -> None:
     """Raises ``ApiError`` if so many sequences could never be queued at once."""
-    limit = service.settings.max_concurrency + service.settings.queue_size
+    limit = service.settings.sequences + service.settings.queue_size
     if count > limit:
         raise bad_request(f"{count} sequences in one request are more than the {limit} allowed", param)
 

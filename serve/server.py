@@ -43,7 +43,7 @@ def run(settings: Settings) -> None:
         settings.host,
         port,
         service.context,
-        settings.max_concurrency,
+        settings.sequences,
         service.budget_tokens,
         service.budget_tokens * service.model.cache.shape.bytes_per_token >> 20,
     )

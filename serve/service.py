@@ -56,12 +56,12 @@ class Service:
         self.context, self.budget_tokens = plan_cache(
             shape.bytes_per_token,
             self.package.manifest.context_length,
-            settings.max_concurrency,
+            settings.sequences,
             settings.max_context,
             settings.cache_gib,
         )
         shape = engine.cache_shape(self.package.kv_heads, self.package.head_dim, self.context)
-        self.model = Model(engine, KeyValueCache(shape, settings.max_concurrency))
+        self.model = Model(engine, KeyValueCache(shape, settings.sequences))
         self._mailbox = Mailbox()
         self.scheduler = Scheduler(self.model, self.budget_tokens, settings.queue_size, self._mailbox.send)
         self.metrics = Metrics(self.scheduler)

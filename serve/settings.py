@@ -14,6 +14,10 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+CONCURRENCY = 8
+"""Sequences at once where nothing else is asked for; on a GPU vLLM decides by its memory."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """Raises ``InputError`` for values that cannot be meant."""
@@ -24,7 +28,7 @@ class Settings:
     api_key: str | None = None
     insecure: bool = False
     threads: int = field(default_factory=usable_cores)
-    max_concurrency: int = 8
+    max_concurrency: int | None = None
     queue_size: int = 64
     max_context: int | None = None
     cache_gib: float | None = None
@@ -34,10 +38,16 @@ class Settings:
     cors_origins: tuple[str, ...] = ()
     model_name: str | None = None
 
+    @property
+    def sequences(self) -> int:
+        """That run at once on a CPU."""
+        return self.max_concurrency or CONCURRENCY
+
     def __post_init__(self) -> None:
         for name in ("threads", "max_concurrency", "max_body_bytes"):
-            if getattr(self, name) < 1:
-                raise InputError(f"--{name.replace('_', '-')} must be 1 or more, not {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"--{name.replace('_', '-')} must be 1 or more, not {value}")
         if not 0 <= self.port <= 65535:
             raise InputError(f"--port must be 0 to 65535, not {self.port}")
         if self.queue_size < 0:

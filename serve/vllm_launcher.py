@@ -10,6 +10,7 @@ import contextlib
 import importlib.metadata
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,7 +18,7 @@ import sys
 import sysconfig
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,8 @@ SATURATES = (
     "are: its answers will be worse. Package it again on this machine, with a profile for its CPU"
 )
 BLOCK_TOKENS = 128
+GPU_SHARE = 0.92
+"""Of a GPU's memory, what vLLM takes unless it is told otherwise."""
 STARTUP_TIMEOUT_S = 600.0
 STOP_GRACE_S = 15.0
 
@@ -63,9 +66,10 @@ def launch(settings: Settings, on_ready: Callable[[str], None] | None = None) ->
     _check_environment(settings.package, config)
     settings = replace(settings, port=_claim_port(settings.host, settings.port))
     on_cpu = _vllm_is_for_cpu()
+    gpus = {} if on_cpu else gpu_bytes()
     if on_cpu and manifest.numerics == "int8" and not manifest.narrow_weights and cpu.this_saturates():
         print(f"warning: {SATURATES}", file=sys.stderr, flush=True)
-    command = build_command(manifest, config, settings, on_cpu=on_cpu)
+    command = build_command(manifest, config, settings, on_cpu=on_cpu, gpus=gpus)
     url = base_url(settings.host, settings.port)
     child = subprocess.Popen(
         command.argv, env=os.environ | command.environment, start_new_session=True, stdout=sys.stderr
@@ -78,8 +82,15 @@ def launch(settings: Settings, on_ready: Callable[[str], None] | None = None) ->
     return 0 if received else code
 
 
-def build_command(manifest: Manifest, config: dict[str, Any], settings: Settings, *, on_cpu: bool) -> Command:
-    """vLLM's server with the flags for this package: nothing is started.
+def build_command(
+    manifest: Manifest,
+    config: dict[str, Any],
+    settings: Settings,
+    *,
+    on_cpu: bool,
+    gpus: Mapping[str, int] | None = None,
+) -> Command:
+    """vLLM's server with the flags for this package: nothing is started. ``gpus``: bytes by name.
 
     The key travels in the environment, where other users of the machine don't see it.
     """
@@ -91,8 +102,6 @@ def build_command(manifest: Manifest, config: dict[str, Any], settings: Settings
         *("--host", settings.host),
         *("--port", str(settings.port)),
         *("--dtype", str(config["dtype"])),
-        *("--max-model-len", str(context)),
-        *("--max-num-seqs", str(settings.max_concurrency)),
         *("--shutdown-timeout", str(int(settings.drain_seconds))),
     ]
     if settings.cors_origins:
@@ -103,11 +112,14 @@ def build_command(manifest: Manifest, config: dict[str, Any], settings: Settings
     if settings.api_key:
         environment["VLLM_API_KEY"] = settings.api_key
     if on_cpu:
-        argv += ["--enforce-eager", "--kv-cache-memory-bytes"]
-        argv.append(str(_cache_bytes(config, context, settings, CACHE_BYTES.get(manifest.numerics, 2))))
+        cache = _cache_bytes(config, context, settings, CACHE_BYTES.get(manifest.numerics, 2))
+        argv += ["--enforce-eager", "--max-model-len", str(context)]
+        argv += ["--max-num-seqs", str(settings.sequences), "--kv-cache-memory-bytes", str(cache)]
         environment["VLLM_CPU_OMP_THREADS_BIND"] = _cores(settings.threads)
         if openmp := _intel_openmp():
             environment["LD_PRELOAD"] = ":".join(filter(None, (openmp, os.environ.get("LD_PRELOAD"))))
+    else:
+        argv += _gpu_flags(manifest, context, settings, gpus or {})
     return Command(tuple(argv), environment)
 
 
@@ -162,7 +174,43 @@ def _cache_bytes(config: dict[str, Any], context: int, settings: Settings, eleme
             f"a request of {context} tokens takes {one / 2**30:.2f} GiB of key-value cache and there is room "
             f"for {room / 2**30:.2f}: set --max-context lower or --cache-gib higher"
         )
-    return room if settings.cache_gib else min(one * settings.max_concurrency, room)
+    return room if settings.cache_gib else min(one * settings.sequences, room)
+
+
+def _gpu_flags(
+    manifest: Manifest, context: int, settings: Settings, gpus: Mapping[str, int]
+) -> Iterator[str]:
+    """What differs from vLLM's own choice on a GPU.
+
+    The cache is as set, else what the memory budget leaves, on the GPU that was measured for it; a context
+    that nobody asked for is as long as the cache holds.
+    """
+    yield from ("--max-model-len", str(context) if settings.max_context else "auto")
+    if settings.max_concurrency:
+        yield from ("--max-num-seqs", str(settings.max_concurrency))
+    if settings.cache_gib:
+        yield from ("--kv-cache-memory-bytes", str(int(settings.cache_gib * 2**30)))
+    elif share := _budget_share(manifest, gpus):
+        yield from ("--gpu-memory-utilization", f"{share:.3f}")
+
+
+def _budget_share(manifest: Manifest, gpus: Mapping[str, int]) -> float | None:
+    """The memory budget as a share of the GPU it was made for; None where vLLM's own share is no more."""
+    total = next((gpus[speed.device] for speed in manifest.speed if speed.device in gpus), None)
+    limit = next((budget.limit for budget in manifest.budgets if budget.name == "memory_gib"), None)
+    share = limit * 2**30 / total if limit and total else GPU_SHARE
+    return share if share < GPU_SHARE else None
+
+
+def gpu_bytes() -> dict[str, int]:
+    """Bytes of memory of this machine's GPUs, by name; nothing where the driver's tool is missing."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return {}
+    query = [tool, "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+    lines = subprocess.run(query, capture_output=True, text=True, check=False).stdout.splitlines()
+    found = (line.rpartition(", ") for line in lines)
+    return {name: int(mib) * 2**20 for name, _, mib in found if mib.isdigit()}
 
 
 def _cores(threads: int) -> str:

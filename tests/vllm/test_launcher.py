@@ -8,14 +8,15 @@ import os
 import socket
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from compressor.engines.vllm_package import write_package
 from compressor.errors import PackageError, UnfitMachineError
-from compressor.manifest import read_manifest
+from compressor.manifest import BudgetVerdict, Speed, read_manifest
 from serve.settings import Settings
-from serve.vllm_launcher import Command, base_url, build_command, launch
+from serve.vllm_launcher import Command, base_url, build_command, gpu_bytes, launch
 from tests.vllm.conftest import FIELDS, UNEVEN
 
 
@@ -39,8 +40,39 @@ def test_a_cpu_runs_uncompiled_on_the_threads_asked_for(package: Path) -> None:
 
 
 def test_a_gpu_is_left_to_vllm(package: Path) -> None:
-    command = _command(Settings(package), on_cpu=False)
-    assert "--enforce-eager" not in command.argv and "--kv-cache-memory-bytes" not in command.argv
+    argv = _command(Settings(package), on_cpu=False).argv
+    assert not {"--enforce-eager", "--kv-cache-memory-bytes", "--max-num-seqs"} & set(argv)
+    assert "--gpu-memory-utilization" not in argv and _after(argv, "--max-model-len") == "auto"
+
+
+def test_a_gpu_takes_what_is_asked_for(package: Path) -> None:
+    argv = _command(Settings(package, cache_gib=2, max_concurrency=3, max_context=64), on_cpu=False).argv
+    assert _after(argv, "--kv-cache-memory-bytes") == str(2 << 30)
+    assert _after(argv, "--max-num-seqs") == "3" and _after(argv, "--max-model-len") == "64"
+
+
+@pytest.mark.parametrize(("gpu", "gib", "share"), [("A", 40, "0.850"), ("A", 36, None), ("B", 40, None)])
+def test_the_memory_budget_holds_on_the_gpu_it_was_made_for(
+    package: Path, gpu: str, gib: int, share: str | None
+) -> None:
+    manifest = read_manifest(package).model_copy(
+        update={
+            "speed": [Speed.model_construct(device="A")],
+            "budgets": [BudgetVerdict(name="memory_gib", limit=34, measured=30, met=True)],
+        }
+    )
+    settings = Settings(package)
+    argv = build_command(manifest, _config(package), settings, on_cpu=False, gpus={gpu: gib << 30}).argv
+    assert (None if share is None else _after(argv, "--gpu-memory-utilization")) == share
+    assert (share is None) == ("--gpu-memory-utilization" not in argv)
+
+
+def test_the_driver_tells_the_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 'NVIDIA A100-SXM4-40GB, 40960'\necho 'NVIDIA GB10, [N/A]'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert gpu_bytes() == {"NVIDIA A100-SXM4-40GB": 40 << 30}
 
 
 def test_the_cache_holds_every_concurrent_request(package: Path) -> None:
@@ -90,8 +122,13 @@ def test_a_taken_port_is_found_before_the_model_loads(package: Path) -> None:
 
 
 def _command(settings: Settings, on_cpu: bool = True) -> Command:
-    config = json.loads((settings.package / "config.json").read_text())
-    return build_command(read_manifest(settings.package), config, settings, on_cpu=on_cpu)
+    manifest = read_manifest(settings.package)
+    return build_command(manifest, _config(settings.package), settings, on_cpu=on_cpu)
+
+
+def _config(package: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((package / "config.json").read_text())
+    return config
 
 
 def _after(argv: Sequence[str], flag: str) -> str:
