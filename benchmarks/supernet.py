@@ -150,7 +150,7 @@ class Bench:
         """What the default recipe reaches in that time."""
         self._head()
         timed = replace(RECIPE, steps=10**6, minutes=minutes)
-        found, steps = self._tuned("default, timed", ("rms", "greedy"), timed, self._rows(minutes))
+        found, steps = self._tuned("default, timed", ("rms", "greedy"), timed, self.train)
         return {
             "steps": steps,
             "panel_gain_nat": found["panel_before"] - found["panel_after"],
@@ -242,15 +242,6 @@ class Bench:
             tenths = [part.mean() for part in np.array_split(losses, min(10, len(losses)))]
             print(f"  {network} loss: " + " ".join(f"{loss:.3f}" for loss in tenths), flush=True)
         return found, result.steps
-
-    def _rows(self, minutes: float) -> Examples:
-        """As many rows as so many minutes use, each a forward and a backward pass of three times a forward
-        pass's operations, at half of a large product's speed."""
-        whole = models.read_shape(self.source)
-        full = SubNetwork(tuple(range(whole.num_layers)), (whole.intermediate_size,) * whole.num_layers)
-        row_flops = 3 * LENGTH * flops_per_token(whole, full, LENGTH)
-        in_time = 30 * minutes * max(cpu_matmul_flops().values()) / row_flops
-        return self.train.some(int(in_time), seed=0)
 
     def _rate(self, elastic: Elastic, space: SearchSpace, config: FinetuneConfig) -> float:
         times: list[float] = []

@@ -275,6 +275,7 @@ def serve(
     package: PackageArgument,
 ) -> None:
     """Serve a package behind an OpenAI-compatible endpoint; further flags: `python -m serve --help`."""
+    _go_to_the_engine(package)
     os.execv(sys.executable, [sys.executable, "-m", "serve", str(package), *context.args])
 
 
@@ -405,6 +406,7 @@ def measure(
     from compressor.engines.measure import measure as run_measure
     from compressor.request import named_profile
 
+    _go_to_the_engine(Path(target))
     workload = named_profile(profile).workload
     measured = run_measure(target, workload, threads=threads, max_seconds=seconds)
     if as_json:
@@ -431,8 +433,18 @@ def verify(package: PackageArgument) -> None:
     """Prove a package whole: every file's hash, that it loads, and that it speaks."""
     from compressor.engines import verify_package
 
+    _go_to_the_engine(package)
     for line in verify_package(package):
         print(line)
+
+
+def _go_to_the_engine(package: Path) -> None:
+    """Go on in vLLM's environment where a package is vLLM's and this one lacks it."""
+    from compressor.environments import python_for
+
+    python = str(python_for(package))
+    if python != sys.executable:
+        os.execv(python, [python, "-m", "compressor.cli", *sys.argv[1:]])
 
 
 if __name__ == "__main__":

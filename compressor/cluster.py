@@ -26,7 +26,7 @@ from compressor.measurement import Measurement
 from compressor.profile import Workload
 from compressor.space import Numerics, SubNetwork
 
-PIP_LINE = "measuring on another machine needs Ray: pip install 'edge-compressor[ray]'"
+PIP_LINE = "measuring on another machine needs Ray: `pip install -e '.[ray]'` in the clone"
 CHUNK_BYTES = 64 * 2**20
 RETRIES = 2
 """Further attempts of a measurement whose node dropped out."""

@@ -32,6 +32,30 @@ def faster_of(speeds: Mapping[torch.dtype, float]) -> torch.dtype:
 
 
 @cache
+def gpu_matmul_flops() -> float:
+    """Floating-point operations a second of a large product in bf16 on the GPU that torch uses."""
+    return product_flops(torch.device("cuda"), torch.bfloat16)
+
+
+def product_flops(device: torch.device, dtype: torch.dtype, size: int = 4096) -> float:
+    """Floating-point operations a second of square matrices' product; the best of a few repeats."""
+    matrix = torch.ones(size, size, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(REPEATS):
+        _finish(device)
+        started = time.perf_counter()
+        matrix @ matrix
+        _finish(device)
+        best = min(best, time.perf_counter() - started)
+    return 2.0 * size**3 / best
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@cache
 def cpu_matmul_flops() -> Mapping[torch.dtype, float]:
     """Floating-point operations a second of a linear layer, by dtype, with torch's threads as they are.
 

@@ -26,6 +26,7 @@ from typing import Any
 import psutil
 
 from compressor import cpu
+from compressor.environments import REMEDY
 from compressor.errors import UnfitMachineError
 from compressor.manifest import Manifest, read_manifest
 from serve.settings import Settings
@@ -94,6 +95,7 @@ def build_command(
 
     The key travels in the environment, where other users of the machine don't see it.
     """
+    dtype = str(config["dtype"])
     context = min(settings.max_context or manifest.context_length, manifest.context_length)
     argv = [
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
@@ -101,7 +103,7 @@ def build_command(
         *("--served-model-name", settings.model_name or manifest.name),
         *("--host", settings.host),
         *("--port", str(settings.port)),
-        *("--dtype", str(config["dtype"])),
+        *("--dtype", "auto" if not on_cpu and dtype != "float32" else dtype),  # fp16 where a GPU has no bf16
         *("--shutdown-timeout", str(int(settings.drain_seconds))),
     ]
     if settings.cors_origins:
@@ -136,14 +138,14 @@ def _say(line: str) -> None:
 def _check_environment(package: Path, config: dict[str, Any]) -> None:
     if _vllm_distribution() is None:
         raise UnfitMachineError(
-            f"{package} is for vLLM, which this environment lacks: run `make setup-vllm`, then "
+            f"{package} is for vLLM, which this environment lacks: {REMEDY}; then "
             f".venv-vllm/bin/python -m serve {package}"
         )
     plugins = importlib.metadata.entry_points(group=PLUGIN_GROUP)
     if "intermediate_sizes" in config and PLUGIN_VALUE not in {plugin.value for plugin in plugins}:
         raise UnfitMachineError(
             f"{package} needs this program's vLLM plugin, which is not installed here: "
-            "pip install --no-deps edge-compressor"
+            "`pip install --no-deps -e .` in the clone"
         )
 
 

@@ -47,7 +47,7 @@ def test_joining_is_a_plain_ray_start() -> None:
 def test_no_ray_is_told_with_the_pip_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with (
-        pytest.raises(UnfitMachineError, match=r"pip install 'edge-compressor\[ray\]'"),
+        pytest.raises(UnfitMachineError, match=r"pip install -e '\.\[ray\]'"),
         joined("127.0.0.1:6379", DEVICE),
     ):
         pass

@@ -13,6 +13,10 @@ def test_this_machine_has_a_speed_for_both_and_the_choice_follows_it() -> None:
     assert compute.fastest_cpu_dtype() is compute.faster_of(speeds)
 
 
+def test_a_products_speed_counts_its_operations() -> None:
+    assert 1e8 < compute.product_flops(torch.device("cpu"), torch.float32, 256) < 1e14
+
+
 def test_it_is_measured_once_a_process() -> None:
     assert compute.cpu_matmul_flops() is compute.cpu_matmul_flops()
 

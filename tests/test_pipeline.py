@@ -16,7 +16,7 @@ import pytest
 from safetensors.torch import load_file
 
 from compressor.engines.onnx_exact import TARGET_NATS
-from compressor.engines.vllm_score import vllm_python
+from compressor.environments import vllm_python
 from compressor.ledger import Ledger, Row
 from compressor.manifest import read_manifest
 from compressor.pipeline import proof

@@ -7,7 +7,6 @@ import json
 import shlex
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -17,10 +16,11 @@ from typing import IO, Any
 
 import psutil
 
+from compressor.environments import python_for
 from compressor.errors import InputError, PackageError
 
 HOST = "127.0.0.1"
-START_SECONDS = 90.0
+START_SECONDS = 600.0  # vLLM compiles
 ANSWER_SECONDS = 600.0
 
 
@@ -53,7 +53,7 @@ class Endpoint:
         refuse_taken_port(self.port)
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "tui.tethered", *self.serve_arguments()],
+            [str(python_for(self.package)), "-P", "-m", "tui.tethered", *self.serve_arguments()],
             stdin=subprocess.PIPE,
             stdout=self._log,
             stderr=subprocess.STDOUT,

@@ -63,7 +63,7 @@ def open_session(
         first = str(error).splitlines()[0]
         raise UnfitMachineError(
             f"ONNX Runtime {ort.__version__} cannot load the sub-network ({first}): free memory, or "
-            f'reinstall the engine with `pip install "edge-compressor[onnx]"`'
+            "reinstall the engine with `pip install -e '.[onnx]'` in the clone"
         ) from None
 
 

@@ -26,12 +26,12 @@ from compressor.engines.memory import (
 )
 from compressor.engines.vllm_package import package_config, read_config
 from compressor.engines.vllm_weights import FLOAT_TYPES, VllmNumerics
+from compressor.environments import REMEDY
 from compressor.errors import InputError, UnfitMachineError
 from compressor.measurement import Measurement
 from compressor.profile import Workload
 from compressor.space import SubNetwork
 
-PIP_LINE = "pip install 'edge-compressor[vllm]' (on a CPU: `make setup-vllm`, then .venv-vllm/bin/compress)"
 UNKNOWN = "unknown"
 GPU_SHARE = 0.95
 
@@ -140,15 +140,14 @@ class VllmEngine:
             llm = llm_class(
                 str(self.supernet),
                 hf_overrides=overrides,
-                dtype=overrides["dtype"],
                 skip_tokenizer_init=True,
-                enforce_eager=True,
                 enable_prefix_caching=False,
                 disable_log_stats=True,
                 max_model_len=length,
                 max_num_seqs=workload.concurrency,
                 max_num_batched_tokens=vllm_batch_tokens(workload),
                 kv_cache_memory_bytes=self._cache_bytes(subnet, workload, numerics),
+                **execution(workload, overrides["dtype"], on_cuda=_on_cuda()),
                 **_gpu_share(),
                 **options,
             )
@@ -231,7 +230,7 @@ def _vllm(threads: int | None) -> Any:
     try:
         from vllm import LLM
     except ImportError as error:
-        raise UnfitMachineError(f"measuring in vLLM needs it installed ({error}): {PIP_LINE}") from None
+        raise UnfitMachineError(f"measuring in vLLM needs it installed ({error}): {REMEDY}") from None
     if threads:
         import torch
 
@@ -245,11 +244,30 @@ def _threads() -> int:
     return torch.get_num_threads()
 
 
+def execution(workload: Workload, dtype: str, *, on_cuda: bool) -> dict[str, Any]:
+    """How vLLM is to run a model of that dtype while it is measured.
+
+    On a GPU decoding steps are CUDA graphs, as in its server: launched one by one, kernels of a small batch
+    take longer to launch than to run. Nothing is compiled, which would take minutes a sub-network.
+    """
+    if not on_cuda:
+        return {"dtype": dtype, "enforce_eager": True}
+    graphs = {"mode": 0, "cudagraph_capture_sizes": [workload.concurrency]}
+    own_choice = dtype if dtype == "float32" else "auto"  # fp16 where a GPU has no bf16
+    return {"dtype": own_choice, "compilation_config": graphs}
+
+
+def _on_cuda() -> bool:
+    import torch
+
+    return bool(torch.cuda.is_available())
+
+
 def _gpu_share() -> dict[str, float]:
     """What vLLM may take of a GPU: what is free now, since a super-network may lie there too."""
     import torch
 
-    if not torch.cuda.is_available():
+    if not _on_cuda():
         return {}
     free, total = torch.cuda.mem_get_info()
     return {"gpu_memory_utilization": GPU_SHARE * free / total}
@@ -258,4 +276,4 @@ def _gpu_share() -> dict[str, float]:
 def _cuda_peak() -> int:
     import torch
 
-    return int(torch.cuda.max_memory_allocated()) if torch.cuda.is_available() else 0
+    return int(torch.cuda.max_memory_allocated()) if _on_cuda() else 0

@@ -6,7 +6,6 @@ compressor.engines.vllm_score`` reads a request as JSON from its standard input 
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -19,11 +18,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from compressor.environments import ROOT
 from compressor.errors import CompressorError, UnfitMachineError
 
 CONCURRENT = 8
 """Texts read at once."""
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
@@ -33,14 +32,6 @@ class Prediction:
 
     top: npt.NDArray[np.int64]
     logprobs: npt.NDArray[np.float64]
-
-
-def vllm_python() -> Path | None:
-    """The Python that has vLLM: this one, or that of ``make setup-vllm``; None if there is none."""
-    if importlib.util.find_spec("vllm") is not None:
-        return Path(sys.executable)
-    other = ROOT / ".venv-vllm" / "bin" / "python"
-    return other if other.is_file() else None
 
 
 def predict(

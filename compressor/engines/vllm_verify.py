@@ -11,6 +11,7 @@ from typing import Any
 from packaging.version import Version
 
 from compressor.engines.vllm import UNKNOWN, VllmEngine, vllm_version
+from compressor.environments import REMEDY
 from compressor.errors import PackageError, UnfitMachineError
 from compressor.manifest import Manifest
 from compressor.profile import Workload
@@ -30,7 +31,7 @@ def speak(folder: Path, manifest: Manifest) -> Iterator[str]:
     where vLLM is too old or cannot load it.
     """
     if importlib.util.find_spec("vllm") is None:
-        yield "vLLM is not installed here, so its answers were not tried: make setup-vllm"
+        yield f"vLLM is not installed here, so its answers were not tried: {REMEDY}"
         return
     check_engine(vllm_version())
     room = min(PROMPT_TOKENS, manifest.context_length - CONTINUATION_TOKENS)
@@ -53,10 +54,7 @@ def check_engine(installed: str) -> None:
     if installed == UNKNOWN:
         return
     if Version(installed).release[:2] < Version(OLDEST_VLLM).release:
-        raise UnfitMachineError(
-            f"packages need vLLM {OLDEST_VLLM}, here is {installed}: pip install 'edge-compressor[vllm]' "
-            "(on a CPU: `make setup-vllm`)"
-        )
+        raise UnfitMachineError(f"packages need vLLM {OLDEST_VLLM}, here is {installed}: {REMEDY}")
 
 
 def _continuations(folder: Path, llm: Any, room: int) -> list[str]:

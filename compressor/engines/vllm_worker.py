@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from compressor.engines.apart import BenchRequest, error_of, measurement_of
-from compressor.engines.vllm_score import ROOT
+from compressor.environments import ROOT
 from compressor.errors import CompressorError, UnfitMachineError
 from compressor.measurement import Measurement
 from compressor.profile import Workload

@@ -11,7 +11,7 @@ from typing import Any, cast, get_args
 from compressor import cpu, device, models
 from compressor.engines import gguf_file, hf_folder, onnx_export, onnx_package, vllm_package
 from compressor.engines.onnx_store import UNQUANTIZED
-from compressor.engines.vllm_score import vllm_python
+from compressor.environments import vllm_python
 from compressor.errors import InputError, UnfitMachineError
 from compressor.events import Listener, Message
 from compressor.manifest import Accuracy, read_manifest

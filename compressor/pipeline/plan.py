@@ -78,7 +78,7 @@ def make_plan(request: RunRequest, machine: Machine, parent: Path = Path()) -> P
         full_weight_bytes=shipped_weight_bytes(shape, space.full, profile.numerics, profile.engine),
         full_memory=full,
         smallest_memory=smallest,
-        stage_seconds=estimate_seconds(request, shape, space, matrix_flops()),
+        stage_seconds=estimate_seconds(request, shape, space, matrix_flops(machine)),
         peak_memory_bytes=peak,
         disk_bytes=disk,
         warnings=tuple(plan_warnings(profile, machine, full, peak)),
@@ -176,8 +176,12 @@ def estimate_seconds(
     }
 
 
-def matrix_flops(size: int = 768) -> float:
-    """Matrix operations/s of this machine's cores in fp32, by a trial of a few milliseconds."""
+def matrix_flops(machine: Machine, size: int = 768) -> float:
+    """Matrix operations/s of this machine's GPU, or of its cores in fp32, by a trial of milliseconds."""
+    if machine.gpus:
+        from compressor.compute import gpu_matmul_flops
+
+        return gpu_matmul_flops()
     a = np.ones((size, size), dtype=np.float32)
     a @ a
     began = time.perf_counter()

@@ -16,8 +16,8 @@ from compressor.engines.host import require_free_memory
 from compressor.engines.memory import required_memory_bytes
 from compressor.engines.onnx_exact import Exactness
 from compressor.engines.onnxruntime import OnnxCandidate, OnnxRuntimeEngine
-from compressor.engines.vllm_score import vllm_python
 from compressor.engines.vllm_worker import VllmWorker
+from compressor.environments import REMEDY, vllm_python
 from compressor.errors import InputError, UnfitMachineError
 from compressor.measurement import Measurement
 from compressor.pipeline.artefacts import Artefact, OnnxArtefact, VllmArtefact
@@ -27,8 +27,6 @@ from compressor.pipeline.prepare import base_export, supernet_export
 from compressor.pipeline.proof import prove
 from compressor.request import RunRequest
 from compressor.space import Numerics, SubNetwork
-
-PIP_LINE = "pip install 'edge-compressor[vllm]' (on a CPU: `make setup-vllm`)"
 
 
 class Target(Protocol):
@@ -102,7 +100,7 @@ def check_target(request: RunRequest) -> None:
             'set numerics = "int8" without bits, or engine = "onnxruntime"'
         )
     if vllm_python() is None:
-        raise UnfitMachineError(f"profile '{profile.name}' serves with vLLM, which is not here: {PIP_LINE}")
+        raise UnfitMachineError(f"profile '{profile.name}' serves with vLLM, which is not here: {REMEDY}")
 
 
 class OnnxTarget:
@@ -216,7 +214,7 @@ class VllmTarget:
     def _python(self) -> Path:
         python = vllm_python()
         if python is None:
-            raise UnfitMachineError(f"vLLM is not installed here: {PIP_LINE}")
+            raise UnfitMachineError(f"vLLM is not installed here: {REMEDY}")
         return python
 
     @cached_property

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from compressor.engines.measure import measure
-from compressor.engines.vllm import VllmEngine
+from compressor.engines.vllm import VllmEngine, execution
 from compressor.engines.vllm_package import write_package
 from compressor.errors import InputError
 from compressor.profile import Workload
@@ -41,6 +41,19 @@ def test_candidates_are_built_and_measured_one_after_the_other(supernet: Path) -
         assert measured.conditions["numerics"] == "int8"
         rounds_s = (measured.ttft_ms + 7 * measured.tpot_ms) / 1e3
         assert measured.throughput_tok_s == pytest.approx(2 * 8 / rounds_s, rel=1e-3)
+
+
+def test_a_gpu_replays_graphs_and_compiles_nothing(supernet: Path) -> None:
+    import torch
+    from vllm.config import CompilationMode
+    from vllm.engine.arg_utils import EngineArgs
+
+    options = execution(WORKLOAD, "bfloat16", on_cuda=True)
+    config = EngineArgs(str(supernet), skip_tokenizer_init=True, **options).create_engine_config()
+    assert config.compilation_config.mode == CompilationMode.NONE
+    assert not config.model_config.enforce_eager
+    assert config.model_config.dtype == torch.bfloat16
+    assert options["compilation_config"]["cudagraph_capture_sizes"] == [WORKLOAD.concurrency]
 
 
 def test_a_package_is_measured_in_vllm(supernet: Path, tmp_path: Path) -> None:

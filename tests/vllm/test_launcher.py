@@ -43,6 +43,7 @@ def test_a_gpu_is_left_to_vllm(package: Path) -> None:
     argv = _command(Settings(package), on_cpu=False).argv
     assert not {"--enforce-eager", "--kv-cache-memory-bytes", "--max-num-seqs"} & set(argv)
     assert "--gpu-memory-utilization" not in argv and _after(argv, "--max-model-len") == "auto"
+    assert _after(argv, "--dtype") == "auto", "some GPUs have no bf16"
 
 
 def test_a_gpu_takes_what_is_asked_for(package: Path) -> None:
