@@ -52,6 +52,19 @@ def test_a_gpu_takes_what_is_asked_for(package: Path) -> None:
     assert _after(argv, "--max-num-seqs") == "3" and _after(argv, "--max-model-len") == "64"
 
 
+@pytest.mark.vllm
+def test_vllm_takes_a_gpus_flags(package: Path) -> None:
+    pytest.importorskip("vllm")
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    argv = _command(Settings(package, cache_gib=2, max_concurrency=3), on_cpu=False).argv
+    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+    flags, _ = parser.parse_known_args(list(argv[3:]))
+    assert (flags.max_model_len, flags.max_num_seqs, flags.kv_cache_memory_bytes) == (-1, 3, 2 << 30)
+    assert flags.dtype == "auto"
+
+
 @pytest.mark.parametrize(("gpu", "gib", "share"), [("A", 40, "0.850"), ("A", 36, None), ("B", 40, None)])
 def test_the_memory_budget_holds_on_the_gpu_it_was_made_for(
     package: Path, gpu: str, gib: int, share: str | None
