@@ -43,7 +43,7 @@ setup-vllm: $(VLLM)/.installed  ## install vLLM into .venv-vllm, for the GPU or 
 $(VLLM)/.installed: pyproject.toml constraints-vllm.txt
 	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
 ifdef CUDA
-	$(VLLM)/bin/pip install -q $(PIP_ARGS) -e '.[vllm]'
+	$(VLLM)/bin/pip install -q $(PIP_ARGS) -e '.[vllm,dev]'
 else
 	$(VLLM)/bin/pip install -q $(PIP_ARGS) torch==2.13.0
 	$(VLLM)/bin/pip install -q $(PIP_ARGS) --no-deps -r constraints-vllm.txt
