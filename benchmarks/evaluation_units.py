@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import resource
 import subprocess
 import sys
 import tempfile
@@ -18,6 +17,7 @@ import psutil
 import torch
 
 from compressor.compute import fastest_cpu_dtype
+from compressor.engines.memory import peak_bytes
 from compressor.evaluation.scorer import PackedLM
 from compressor.evaluation.tasks import load_tasks
 from compressor.space import SearchSpace, SubNetwork
@@ -246,7 +246,7 @@ def _memory_child(who: str, data: str, items: str, folder: str, batch: str) -> N
     )
     for task in ("arc_easy", "mmlu"):
         scorer.loglikelihood(_slice(bench.requests(task)), disable_tqdm=True)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    print(peak_bytes())
 
 
 if __name__ == "__main__":

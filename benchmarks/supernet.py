@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import resource
 import statistics
 import sys
 import tempfile
@@ -29,6 +28,7 @@ from verdict import Bound, conclude
 
 from compressor import models
 from compressor.compute import cpu_matmul_flops, fastest_cpu_dtype
+from compressor.engines.memory import peak_bytes
 from compressor.events import LossReported
 from compressor.space import SearchSpace, SubNetwork, flops_per_token
 from compressor.supernet.config import SUPER_EVERY_WITH_LABELS
@@ -352,7 +352,7 @@ def speed() -> dict[str, float]:
 def _measured(name: str) -> tuple[float, float]:
     """Tokens a second of one kind of step, and this process's peak memory in GiB."""
     rate = getattr(Bench(0, 1), name)()
-    return rate, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return rate, peak_bytes() / 2**30  # getrusage would count what the parent held as it started this
 
 
 if __name__ == "__main__":
