@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from compressor import gguf_model
 from compressor.errors import InputError
@@ -195,15 +195,17 @@ def _resolve_hub(repo: str) -> ModelSource:
         return _resolve_cached(repo)
     from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError
-    from requests.exceptions import RequestException
 
+    # Its base is that of the hub's HTTP library, which changes with the hub's releases.
+    failures = cast("tuple[type[Exception], ...]", (*HfHubHTTPError.__bases__, OSError))
     try:
         info = HfApi().model_info(repo, timeout=20)
         config_path = hf_hub_download(repo, "config.json", revision=info.sha)
-    except (HfHubHTTPError, RequestException, OSError) as error:
-        reason = str(error).strip().splitlines()[0][:120]
+    except failures as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:120]
         raise InputError(
-            f"cannot read model '{repo}' from the hub ({reason}): check its id and the network"
+            f"cannot read model '{repo}' from the hub ({reason}): check its id and the network; "
+            "HF_HUB_OFFLINE=1 takes what the hub's cache has"
         ) from None
     _check_family(repo, str(json.loads(Path(config_path).read_text(encoding="utf-8")).get("model_type")))
     license_name = str(getattr(info.card_data, "license", "") or "")

@@ -5,7 +5,10 @@ from __future__ import annotations
 import importlib.metadata
 import itertools
 import json
+import os
 import shutil
+import subprocess
+import sys
 from functools import lru_cache
 from pathlib import Path
 
@@ -85,6 +88,22 @@ def test_a_hub_model_offline_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(InputError, match="HF_HUB_OFFLINE is set"):
         models.resolve("no-such-owner/no-such-model")
+
+
+def test_a_hub_out_of_reach_is_said() -> None:
+    """In a process of its own: the hub's client reads its environment as it is imported."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
+    script = """
+from compressor import errors, models
+try:
+    models.resolve("no-such-owner/no-such-model")
+except errors.InputError as error:
+    print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert "from the hub" in done.stdout and "check its id and the network" in done.stdout, done.stderr
 
 
 def test_an_empty_folder_holds_no_model(tmp_path: Path) -> None:
