@@ -43,7 +43,7 @@ def main() -> int:
     parser.add_argument("--fresh", action="store_true", help="measure everything again")
     parser.add_argument("--only", default="", help="comma list of unit name prefixes")
     parser.add_argument("--pause", type=float, default=150.0, help="least seconds between the five repeats")
-    parser.add_argument("--seconds", type=float, default=7.0, help="time for one measurement")
+    parser.add_argument("--seconds", type=float, default=12.0, help="time for one measurement")
     options = parser.parse_args()
     for fault in host_faults():
         print(f"not fit to measure on: {fault}")

@@ -45,7 +45,6 @@ class Timings:
 
     prefills: list[float] = field(default_factory=list)
     steps: list[float] = field(default_factory=list)
-    rounds: list[float] = field(default_factory=list)
 
     @property
     def repeats(self) -> int:
@@ -54,15 +53,21 @@ class Timings:
     @property
     def step_means(self) -> list[float]:
         """Seconds of a step, the mean of each repeat; none where an output has no steps."""
-        count = len(self.steps) // max(1, self.repeats)
-        if not count:
-            return []
-        return [statistics.fmean(self.steps[i : i + count]) for i in range(0, len(self.steps), count)]
+        return [statistics.fmean(steps) for steps in self._steps_by_repeat()]
+
+    @property
+    def rounds(self) -> list[float]:
+        """Seconds of a step, the median of each repeat; none where an output has no steps."""
+        return [statistics.median(steps) for steps in self._steps_by_repeat()]
 
     @property
     def settled(self) -> bool:
         """Whether the medians are known to ``PRECISION``."""
         return all(relative_interval(values) < PRECISION for values in (self.prefills, self.rounds) if values)
+
+    def _steps_by_repeat(self) -> list[list[float]]:
+        count = len(self.steps) // max(1, self.repeats)
+        return [self.steps[i : i + count] for i in range(0, len(self.steps), count)] if count else []
 
 
 def time_workload(
@@ -93,19 +98,32 @@ def warm_up(runner: Runner, workload: Workload) -> None:
 
 def time_once(runner: Runner, workload: Workload, timings: Timings) -> None:
     """One repeat: a prefill, then the steps of one output."""
+    time_prefill(runner, timings)
+    skipped, steps = timed_part(workload)
+    runner.skip(skipped)
+    time_steps(runner, steps, timings)
+
+
+def timed_part(workload: Workload) -> tuple[int, int]:
+    """Of an output's steps after the first token: how many to skip, and how many of those after to run."""
+    total = workload.output_tokens - 1
+    steps = min(total, MAX_STEPS)
+    return (total - steps) // 2, steps
+
+
+def time_prefill(runner: Runner, timings: Timings) -> None:
+    """A prefill, timed."""
     began = time.perf_counter()
     runner.prefill()
     timings.prefills.append(time.perf_counter() - began)
-    total = workload.output_tokens - 1
-    steps = min(total, MAX_STEPS)
-    runner.skip((total - steps) // 2)
-    first = len(timings.steps)
-    for _ in range(steps):
+
+
+def time_steps(runner: Runner, count: int, timings: Timings) -> None:
+    """``count`` steps, each timed."""
+    for _ in range(count):
         began = time.perf_counter()
         runner.step()
         timings.steps.append(time.perf_counter() - began)
-    if steps:
-        timings.rounds.append(statistics.median(timings.steps[first:]))
 
 
 def summarise(

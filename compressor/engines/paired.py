@@ -9,11 +9,22 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from compressor.engines.bench import PRECISION, Runner, Timings, time_once, warm_up
+from compressor.engines.bench import (
+    PRECISION,
+    Runner,
+    Timings,
+    time_prefill,
+    time_steps,
+    timed_part,
+    warm_up,
+)
 from compressor.profile import Workload
+
+BURST_STEPS = 8
+"""Steps of one model before the other's: what disturbs a shared machine often lasts half a second."""
 
 TRIMMED = 0.1
 """Share of the turns left out at either end: a stall of the machine falls into one model's turn only."""
@@ -54,21 +65,40 @@ def time_pair(
 ) -> tuple[Timings, Timings, Ratio]:
     """Time both on the workload in turns until the ratios are known to ``PRECISION`` or time is up.
 
-    Who goes first changes from turn to turn. A model's turn begins with a step that is not timed, which
-    reads all its weights: what the other left in the CPU's caches is not what it finds when it serves alone.
+    Who goes first changes from turn to turn.
     """
     mine, theirs = Timings(), Timings()
-    for runner in (candidate, reference):
+    pair = [(candidate, mine), (reference, theirs)]
+    for runner, _ in pair:
         warm_up(runner, workload)
     start = time.perf_counter()
     while True:
-        turn = [(candidate, mine), (reference, theirs)]
-        for runner, timings in turn if mine.repeats % 2 == 0 else reversed(turn):
-            runner.step()
-            time_once(runner, workload, timings)
+        _take_turns(pair if mine.repeats % 2 == 0 else pair[::-1], workload)
         late = time.perf_counter() - start >= max_seconds
         if mine.repeats >= min_turns and (late or _settled(mine, theirs)):
             return mine, theirs, ratio_of(mine, theirs)
+
+
+def _take_turns(pair: Sequence[tuple[Runner, Timings]], workload: Workload) -> None:
+    """One prefill of each, then the steps of one output of each, a burst at a time.
+
+    Before a prefill and in every burst a model makes a step that is not timed, which reads all its weights:
+    what the other left in the CPU's caches is not what it finds when it serves alone.
+    """
+    skipped, steps = timed_part(workload)
+    for runner, timings in pair:
+        runner.step()
+        time_prefill(runner, timings)
+        runner.skip(skipped)
+    bursts = -(-steps // BURST_STEPS)
+    for burst in range(bursts):
+        length = steps * (burst + 1) // bursts - steps * burst // bursts
+        untimed = min(1, length - 1)
+        for runner, timings in pair:
+            for _ in range(untimed):
+                runner.step()
+            time_steps(runner, length - untimed, timings)
+        pair = pair[::-1]
 
 
 def ratio_of(candidate: Timings, reference: Timings) -> Ratio:

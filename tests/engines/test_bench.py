@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 
 import pytest
@@ -101,6 +102,27 @@ def test_pairs_take_turns_and_give_the_ratio() -> None:
     assert ratio.ttft == pytest.approx(0.5, rel=1e-6) and ratio.tpot == pytest.approx(0.5, rel=1e-6)
 
 
+def test_steps_alternate_in_bursts_so_that_what_disturbs_one_disturbs_both() -> None:
+    log: list[str] = []
+
+    class Logged(Sleeper):
+        def __init__(self, name: str) -> None:
+            super().__init__(0.01, 0.001)
+            self.name = name
+
+        def step(self) -> None:
+            log.append(self.name)
+            super().step()
+
+    mine, theirs, _ = time_pair(
+        Logged("a"), Logged("b"), Workload(prompt_tokens=8, output_tokens=20), max_seconds=0, min_turns=1
+    )
+    runs = [(name, len(list(group))) for name, group in itertools.groupby(log[8:])]  # after the warm-up
+    assert runs == [("a", 1), ("b", 1), ("a", 6), ("b", 12), ("a", 13), ("b", 7)]
+    assert len(mine.steps) == len(theirs.steps) == 19 - 3
+    assert (mine.repeats, len(mine.rounds), len(mine.step_means)) == (1, 1, 1)
+
+
 def test_what_the_other_model_left_in_the_caches_does_not_count() -> None:
     last: list[object] = []
 
@@ -158,7 +180,7 @@ def test_a_stall_in_one_turn_leaves_the_ratio() -> None:
 
 
 def test_turns_that_disagree_have_a_wide_interval() -> None:
-    mine, theirs = Timings([0.1, 0.2] * 8, [], []), Timings([0.2] * 16, [], [])
+    mine, theirs = Timings([0.1, 0.2] * 8, []), Timings([0.2] * 16, [])
     ratio = ratio_of(mine, theirs)
     assert ratio.ttft == pytest.approx(0.5**0.5, rel=0.01) and 0.3 < ratio.ttft_interval < 1
     assert (ratio.tpot, ratio.tpot_interval) == (1.0, 0.0)

@@ -151,6 +151,12 @@ def test_int8_activations_stay_close(tiny_export: Export) -> None:
         assert np.abs(ours - exact).max() < 0.1 * np.abs(exact).max()
 
 
+def test_threads_of_a_session_are_at_rest_after_a_run(tiny_export: Export) -> None:
+    graph = build_graph(tiny_export.shape, tiny_export.constants, tiny_export.tensors(SUBNETWORKS[0]))
+    options = open_session(graph, tiny_export.folder, 2).get_session_options()
+    assert options.get_session_config_entry("session.force_spinning_stop") == "1"
+
+
 def test_a_graph_is_small(tiny_export: Export) -> None:
     graph = build_graph(tiny_export.shape, tiny_export.constants, tiny_export.tensors(SUBNETWORKS[0]))
     assert len(graph.SerializeToString()) < 200_000 / 30 * 4
