@@ -53,7 +53,7 @@ def open_session(
     # Planned memory patterns leave holes between layers of different widths: a fifth more at the peak.
     options.enable_mem_pattern = False
     options.add_session_config_entry(_WEIGHTS_FOLDER, str(weights.resolve()))
-    # Else its threads look for more to do for 0.1 s after a run, and another model's steps take twice the time.
+    # Else its threads look for more work for 0.1 s after a run, and what runs next takes twice as long.
     options.add_session_config_entry(_REST_AFTER_RUNS, "1")
     if profile_to is not None:
         options.enable_profiling = True
