@@ -56,14 +56,16 @@ class Timings:
         return [statistics.fmean(steps) for steps in self._steps_by_repeat()]
 
     @property
-    def rounds(self) -> list[float]:
+    def step_medians(self) -> list[float]:
         """Seconds of a step, the median of each repeat; none where an output has no steps."""
         return [statistics.median(steps) for steps in self._steps_by_repeat()]
 
     @property
     def settled(self) -> bool:
         """Whether the medians are known to ``PRECISION``."""
-        return all(relative_interval(values) < PRECISION for values in (self.prefills, self.rounds) if values)
+        return all(
+            relative_interval(values) < PRECISION for values in (self.prefills, self.step_medians) if values
+        )
 
     def _steps_by_repeat(self) -> list[list[float]]:
         count = len(self.steps) // max(1, self.repeats)
@@ -135,7 +137,7 @@ def summarise(
 ) -> Measurement:
     """Medians and 90th percentiles of what was timed."""
     ttft = statistics.median(timings.prefills)
-    tpot = statistics.median(timings.rounds) if timings.rounds else 0.0
+    tpot = statistics.median(timings.step_medians) if timings.step_medians else 0.0
     request = ttft + (workload.output_tokens - 1) * tpot
     return Measurement(
         ttft_ms=1e3 * ttft,

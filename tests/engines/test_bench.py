@@ -120,7 +120,7 @@ def test_steps_alternate_in_bursts_so_that_what_disturbs_one_disturbs_both() -> 
     runs = [(name, len(list(group))) for name, group in itertools.groupby(log[8:])]  # after the warm-up
     assert runs == [("a", 1), ("b", 1), ("a", 6), ("b", 12), ("a", 13), ("b", 7)]
     assert len(mine.steps) == len(theirs.steps) == 19 - 3
-    assert (mine.repeats, len(mine.rounds), len(mine.step_means)) == (1, 1, 1)
+    assert (mine.repeats, len(mine.step_medians), len(mine.step_means)) == (1, 1, 1)
 
 
 def test_what_the_other_model_left_in_the_caches_does_not_count() -> None:
