@@ -8,6 +8,8 @@ OPTIMUM := .venv-optimum
 DEMO   ?= runs/demo
 # Extra pip options, e.g. PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu" on a CPU box.
 PIP_ARGS ?=
+# Half the time on two cores; a file's tests stay together, since they share what is slow to make.
+PARALLEL ?= -n logical --maxprocesses 4 --dist loadfile
 # With an NVIDIA GPU `make setup` also installs vLLM for it, which serves there.
 CUDA   := $(shell command -v nvidia-smi)
 
@@ -34,7 +36,7 @@ demo: setup  ## compress the starter model, serve it, ask it a question
 	$(BIN)/compress report $(DEMO)
 
 test: setup  ## the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 setup-vllm: $(VLLM)/.installed  ## install vLLM into .venv-vllm, for the GPU or for CPUs
 
@@ -52,7 +54,7 @@ endif
 	touch $@
 
 test-vllm: setup-vllm  ## the vLLM tests, in their own environment
-	$(VLLM)/bin/python -m pytest -m vllm tests/vllm
+	$(VLLM)/bin/python -m pytest $(PARALLEL) -m vllm tests/vllm
 
 setup-optimum: $(OPTIMUM)/.installed  ## install optimum's ONNX exporter into .venv-optimum
 
