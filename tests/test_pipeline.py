@@ -357,12 +357,15 @@ def test_layers_of_four_bits_are_searched_scored_and_packaged(tiny_model_folder,
     assert best.metrics["accuracy"] < 1  # rounding shows
 
 
-def test_other_bits_need_no_other_tuning(home: Path, tiny_model_folder: Path, tmp_path: Path) -> None:
+def test_layers_that_may_have_fewer_bits_are_tuned_for_them(
+    home: Path, tiny_model_folder: Path, tmp_path: Path
+) -> None:
     asked = command(home, tiny_model_folder, "bits", 2)
     subprocess.run(asked, check=True, timeout=300)
     (tmp_path / "tiny.toml").write_text(TINY_PROFILE.replace("[space]", "[space]\nbits = [4, 8]"))
     asked[asked.index("--profile") + 1] = str(tmp_path / "tiny.toml")
     result = subprocess.run([*asked, "--resume"], capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
-    assert "Tuning the super-network: already done" in result.stdout + result.stderr
+    assert "Writing text with the unpruned model: already done" in result.stdout + result.stderr
+    assert "Tuning the super-network: done" in result.stdout + result.stderr
     assert {b for row in ledger_rows(home / "bits") for b in row.subnet.bits} == {4, 8}

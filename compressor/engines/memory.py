@@ -25,8 +25,8 @@ from compressor.space import (
     weight_bytes,
 )
 
-_PACKING_BYTES = 4 + (4 - SCALE_BYTES)
-"""Of a block: its sum, and what its scale grows by."""
+_PACKING_BYTES = {8: 4 + (4 - SCALE_BYTES), 4: 4 + (4 - SCALE_BYTES) + 1.5}
+"""Of a block, by its bits: its sum, and what its scale grows by; in 4 bits a little more, as measured."""
 _ARENA_SLACK, _ARENA_HOLES = 1.05, 0.6
 """The arena over the widest moment of a layer: with one width, and what many widths add at most."""
 
@@ -143,7 +143,7 @@ def _packing_bytes(shape: ModelShape, subnet: SubNetwork, numerics: Numerics) ->
     for width, bits in zip(subnet.widths, subnet.bits, strict=True):
         of_layer = (*shape.attention_matrices(), *shape.mlp_matrices(width))
         matrices += [(n, k, 4 if few else bits) for n, k in of_layer]
-    return sum(n * -(-k // QUANT_BLOCK[bits]) for n, k, bits in matrices) * _PACKING_BYTES
+    return int(sum(n * -(-k // QUANT_BLOCK[bits]) * _PACKING_BYTES[bits] for n, k, bits in matrices))
 
 
 def _embedding_bytes(shape: ModelShape, numerics: Numerics) -> int:

@@ -26,11 +26,11 @@ class RoundedWeights:
         self._weights: dict[int, list[list[Tensor]]] = {each: [] for each in bits}
         for index, linears in enumerate(self._linears):
             for each, layers in self._weights.items():
-                layers.append([_rounded(linear.weight.detach(), each) for linear in linears])
+                layers.append([rounded(linear.weight.detach(), each) for linear in linears])
             self._put(index, max(bits))
         outer: Any
         for outer in {model.get_input_embeddings(), model.get_output_embeddings()}:
-            outer.weight.data = _rounded(outer.weight.detach(), outer_bits)
+            outer.weight.data = rounded(outer.weight.detach(), outer_bits)
 
     def choose(self, subnet: SubNetwork) -> None:
         """Put each of the sub-network's layers in its bits. Raises ``KeyError`` for bits not given."""
@@ -46,7 +46,8 @@ def _linears(layer: nn.Module) -> list[nn.Linear]:
     return [module for module in layer.modules() if isinstance(module, nn.Linear)]
 
 
-def _rounded(weight: Tensor, bits: int) -> Tensor:
+def rounded(weight: Tensor, bits: int) -> Tensor:
+    """A matrix [rows, columns] as a package holds it in so many bits, in the matrix's own numerics."""
     with torch.no_grad():
         values = dequantize(*quantize(weight, bits), bits)[:, : weight.shape[1]]
         return values.to(weight.dtype).contiguous()

@@ -18,10 +18,12 @@ from compressor.models import ModelSource
 from compressor.profile import Profile
 from compressor.request import RunRequest
 from compressor.space import ModelShape, SearchSpace, parameter_count
-from compressor.supernet.config import adapter_parameters, check_rank
+from compressor.supernet.config import LOSSLESS_BITS, adapter_parameters, check_rank
 
 TRAINING_BYTES_PER_PARAMETER = 18
 """bf16 weights, gradients and teacher; fp32 master weights and two Adam moments."""
+ROUNDING_BYTES_PER_PARAMETER = 4
+"""The unrounded weights that are kept while a step learns with rounded ones."""
 FROZEN_BYTES_PER_PARAMETER = 4
 """Weights beside which adapters are tuned, in fp32 where the machine multiplies that fastest."""
 EXPORT_BYTES_PER_PARAMETER = 6
@@ -92,9 +94,11 @@ def tuning_memory_bytes(request: RunRequest, shape: ModelShape) -> int:
     checkpointed, and the teacher's last state of the training text. Raises ``InputError`` for a rank that
     does not fit the model.
     """
-    parameters = parameter_count(shape, profile_space(shape, request.profile).full)
+    space = profile_space(shape, request.profile)
+    parameters = parameter_count(shape, space.full)
     if not request.lora_rank:
-        return parameters * TRAINING_BYTES_PER_PARAMETER
+        rounding = ROUNDING_BYTES_PER_PARAMETER if learns_rounded(request, space) else 0
+        return parameters * (TRAINING_BYTES_PER_PARAMETER + rounding)
     check_rank(shape, request.lora_rank)
     effort = request.effort
     learnt = effort.text_sequences if request.data_free else effort.tuning_steps * effort.tuning_batch
@@ -102,6 +106,11 @@ def tuning_memory_bytes(request: RunRequest, shape: ModelShape) -> int:
     states = sequences * effort.sequence_length * shape.hidden_size * 4
     adapters = adapter_parameters(shape, request.lora_rank)
     return parameters * FROZEN_BYTES_PER_PARAMETER + adapters * TRAINING_BYTES_PER_PARAMETER + states
+
+
+def learns_rounded(request: RunRequest, space: SearchSpace) -> bool:
+    """Whether sub-networks are tuned with weights rounded to their bits: not beside adapters."""
+    return min(space.bits) < LOSSLESS_BITS and not request.lora_rank
 
 
 def profile_space(shape: ModelShape, profile: Profile, drop_order: tuple[int, ...] = ()) -> SearchSpace:

@@ -11,16 +11,17 @@ import torch
 
 from compressor import models
 from compressor.compute import fastest_cpu_dtype
+from compressor.engines.memory import served_memory
 from compressor.engines.onnx_export import export
+from compressor.engines.rounding import rounded
 from compressor.evaluation.agreement import AgreementText, torch_predict
 from compressor.events import StageProgress
 from compressor.models import LoadedModel
 from compressor.pipeline.accuracy import mixed_rows
 from compressor.pipeline.context import Context, Result, run_stage
-from compressor.pipeline.plan import Plan
-from compressor.profile import Profile
+from compressor.pipeline.plan import Plan, learns_rounded
 from compressor.runfolder import replace_folder
-from compressor.space import SearchSpace, parameter_count
+from compressor.space import SearchSpace
 from compressor.supernet.config import SUPER_EVERY_WITH_LABELS
 from compressor.supernet.data import Examples, load_training_data
 from compressor.supernet.elastic import Elastic
@@ -28,6 +29,7 @@ from compressor.supernet.finetune import FinetuneConfig, discard_checkpoint, fin
 from compressor.supernet.folder import SupernetInfo, read_info, save_supernet, weights_hash
 from compressor.supernet.importance import Importance, rank, sort_neurons
 from compressor.supernet.sampling import sample_text
+from compressor.supernet.served import Served
 from compressor.supernet.targets import Targets
 
 NEURON_SEQUENCES = 32
@@ -48,11 +50,13 @@ def prepare(context: Context, plan: Plan) -> tuple[SupernetInfo, SearchSpace]:
     effort = context.request.effort
     inputs = {
         "text": text,
-        "space": context.request.profile.space.model_dump(exclude={"bits"}),  # which come after tuning
+        "space": context.request.profile.space.model_dump(exclude={"bits"}),
         "effort": [effort.tuning_steps, effort.tuning_minutes, effort.tuning_batch],
         "train_data": context.request.train_data,
         "seed": context.request.seed,
     }
+    if learns_rounded(context.request, plan.space):
+        inputs["bits"] = list(plan.space.bits)
     if context.request.lora_rank:  # absent otherwise, so that a run from before it stays done
         inputs["lora_rank"] = context.request.lora_rank
     if context.request.tuning.told:
@@ -162,7 +166,7 @@ def _tune(context: Context, plan: Plan) -> Result:
         steps=effort.tuning_steps,
         minutes=effort.tuning_minutes,
         batch=effort.tuning_batch,
-        budget_parameters=budget_parameters(plan, context.request.profile),
+        budget=context.request.profile.budgets.memory_bytes,
         held_out=0 if data_free else min(MOST_HELD_OUT, int(HELD_OUT_SHARE * len(examples.ids))),
         seed=seed,
         **{
@@ -182,6 +186,10 @@ def _tune(context: Context, plan: Plan) -> Result:
         context.ledger.record_curve,
         context.folder.checkpoints,
         Targets.load(_training_targets(context)) if data_free and context.request.keeps_teacher else None,
+        Served(
+            lambda subnet: float(served_memory(plan.shape, subnet, context.request.profile).total),
+            rounded if learns_rounded(context.request, space) else None,
+        ),
     )
     context.ledger.end_curves(result.steps)
     if result.stopped_early:
@@ -211,14 +219,6 @@ def _rank(loaded: LoadedModel, text: torch.Tensor, plan: Plan) -> Importance:
 
 def _batches(text: torch.Tensor) -> list[torch.Tensor]:
     return [text[i : i + 8] for i in range(0, len(text), 8)]
-
-
-def budget_parameters(plan: Plan, profile: Profile) -> int:
-    """About the parameters of the largest sub-network within the memory budget."""
-    low, high = (parameter_count(plan.shape, s) for s in (plan.space.smallest, plan.space.full))
-    least, most = plan.smallest_memory.total, plan.full_memory.total
-    share = (profile.budgets.memory_bytes - least) / max(1, most - least)
-    return int(low + min(1.0, max(0.0, share)) * (high - low))
 
 
 def _examples(context: Context, loaded: LoadedModel) -> Examples:

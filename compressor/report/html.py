@@ -121,7 +121,7 @@ def _choices(data: ReportData) -> list[Row]:
     rows = []
     if data.winner is not None:
         w = data.winner
-        name = f"winner, {data.numerics.upper()}"
+        name = f"winner, {wording.numerics(data.numerics, w.subnet)}"
         rows.append(_choice(name, w.weight_bytes, w.accuracy, w.speed, base))
     return rows + [_choice(r.name, r.weight_bytes, r.accuracy, r.speed, base) for r in data.references]
 

@@ -29,7 +29,7 @@ def summary_table(data: ReportData) -> Table:
     base = full.weight_bytes if full else None
     if data.winner is not None:
         w = data.winner
-        name = f"winner, {data.numerics.upper()}"
+        name = f"winner, {wording.numerics(data.numerics, w.subnet)}"
         row = _row(name, w.accuracy, w.weight_bytes, base, w.speed)
         table.add_row(*row, style="bold", end_section=True)
     for r in data.references:

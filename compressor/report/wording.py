@@ -144,6 +144,14 @@ def about_winner(winner: Winner) -> list[str]:
     return [*map(paired_test, winner.tests), *beside_unpruned(winner)]
 
 
+def numerics(name: str, subnet: SubNetwork) -> str:
+    """``INT8``, or the bits of the sub-network's layers where some have fewer than the rest of it."""
+    bits = sorted({*subnet.bits}) if name == "int8" else []
+    if bits in ([], [8]):
+        return name.upper()
+    return f"layers of {' or '.join(map(str, bits))} bits"
+
+
 def headline(data: ReportData) -> str:
     """The run's result in one sentence."""
     winner = data.winner

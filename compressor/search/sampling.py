@@ -81,7 +81,7 @@ def filled_to(
     """
     space = problem.space
     if depth is None:
-        depth = _random_depth(problem, target, rng)
+        depth = int(rng.choice(_fitting_depths(problem, target)))
     current = _least(space, depth)
     raised = [(int(rng.choice(space.widths)), int(rng.choice(space.bits))) for _ in range(depth)]
     if target > _reachable(problem, depth, raised):
@@ -96,15 +96,16 @@ def filled_to(
 def ranked_to(problem: Problem, target: float, rng: np.random.Generator) -> SubNetwork:
     """Of a random depth that the size ``target`` allows, the layers to be dropped last the widest.
 
-    A layer that could be dropped whole at little loss loses little by a narrow MLP.
+    A layer that could be dropped whole at little loss loses little by a narrow MLP. Where bits can be
+    chosen, every layer gets its neurons before any gets more bits, and no layer is dropped for bits: those
+    cost less accuracy than the bytes of neurons or layers do.
     """
     space = problem.space
-    current = _least(space, _random_depth(problem, target, rng))
-    for layer in reversed(space.drop_order):
-        if layer not in current.layers:
-            continue
-        position = current.layers.index(layer)
-        for width, bits in itertools.product(reversed(space.widths), reversed(space.bits)):
+    depths = _fitting_depths(problem, target, space.bits[0]) or _fitting_depths(problem, target)[-1:]
+    current = _least(space, int(rng.choice(depths)))
+    ranked = [current.layers.index(layer) for layer in reversed(space.drop_order) if layer in current.layers]
+    for bits, position in itertools.product(space.bits, ranked):
+        for width in (w for w in reversed(space.widths) if w >= current.widths[position]):
             trial = _with_layer(current, position, width, bits)
             if problem.size(trial) <= target and problem.allows(trial):
                 current = trial
@@ -112,18 +113,21 @@ def ranked_to(problem: Problem, target: float, rng: np.random.Generator) -> SubN
     return current
 
 
-def _random_depth(problem: Problem, target: float, rng: np.random.Generator) -> int:
-    """A depth at which the target size can be met, if there is one."""
+def _fitting_depths(problem: Problem, target: float, bits: int | None = None) -> list[int]:
+    """Depths at which the target size can be met with layers of at most ``bits`` (all that the space has).
+
+    Where there is none: the smallest depth that the constraints allow, unless ``bits`` are given.
+    """
     space = problem.space
-    feasible = [d for d in space.depths if problem.allows(_least(space, d))] or [space.depths[0]]
+    allowed = [d for d in space.depths if problem.allows(_least(space, d))] or [space.depths[0]]
     fitting = [
         d
-        for d in feasible
+        for d in allowed
         if problem.size(_least(space, d))
         <= target
-        <= problem.size(space.uniform(d, space.widths[-1], space.bits[-1]))
+        <= problem.size(space.uniform(d, space.widths[-1], bits or space.bits[-1]))
     ]
-    return int(rng.choice(fitting or feasible[:1]))
+    return fitting or (allowed[:1] if bits is None else [])
 
 
 def _reachable(problem: Problem, depth: int, raised: list[tuple[int, int]]) -> float:

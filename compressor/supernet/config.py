@@ -13,6 +13,8 @@ from compressor.supernet.subnet_sampling import Recipe, Sampling
 Loss = Literal["distill", "cross-entropy", "both"]
 Teacher = Literal["original", "super"]
 
+LOSSLESS_BITS = 8
+"""From so many bits on a layer learns as it is: their rounding changes next to nothing."""
 SUPER_EVERY_WITH_LABELS = 2
 """InstaTune's alternation. The super-network itself learns from labels, and would otherwise lose what its
 sub-networks' steps take from it; where it is its own teacher it has little to learn."""
@@ -24,8 +26,8 @@ class FinetuneConfig:
 
     ``loss``: the divergence from the teacher's distribution (``distill``), the cross-entropy of the
     labels, or ``both``: ``alpha`` times the latter plus ``gamma`` times the former. ``teacher``: the frozen
-    ``original``, or the ``super`` network as it is at that step. ``budget_parameters``: the most that fit
-    the profile's budget, for ``sampling="budget"``.
+    ``original``, or the ``super`` network as it is at that step. ``budget``: the largest size that fits
+    the profile's, for ``sampling="budget"``; in parameters, if ``finetune`` isn't told another size.
     ``batch`` examples a step go through the model in ``accumulation`` parts. The last
     ``held_out`` examples are not trained on: every ``check_every`` steps the smallest sub-network's loss
     on them is taken, and ``patience`` checks without a new best end the tuning.
@@ -46,7 +48,7 @@ class FinetuneConfig:
     recipe: Recipe = "alternate"
     super_every: int = 8
     sampling: Sampling = "small"
-    budget_parameters: int | None = None
+    budget: float | None = None
     warmup: float = 0.1
     weight_decay: float = 0.0
     max_norm: float = 1.0

@@ -22,7 +22,7 @@ from torch.nn import Parameter
 from compressor.errors import InputError, TrainingError
 from compressor.events import Listener, LossReported, StageProgress, ignore
 from compressor.heap import freed_memory_kept
-from compressor.space import SearchSpace
+from compressor.space import SearchSpace, parameter_count
 from compressor.supernet import targets
 from compressor.supernet.checkpoint import (
     load_checkpoint,
@@ -37,6 +37,7 @@ from compressor.supernet.elastic import Elastic
 from compressor.supernet.objective import Objective, original_targets
 from compressor.supernet.optimizer import MasterAdamW, warmup_cosine
 from compressor.supernet.processes import Processes, join_processes
+from compressor.supernet.served import Served
 from compressor.supernet.sharding import sharded
 from compressor.supernet.subnet_sampling import networks_of_step
 from compressor.supernet.targets import Targets
@@ -59,10 +60,12 @@ def finetune(
     on_curve: CurveListener | None = None,
     folder: Path | None = None,
     original: Targets | None = None,
+    served: Served | None = None,
 ) -> FinetuneResult:
     """Tune the super-network in place; ``folder`` keeps a checkpoint from which a killed run resumes.
 
     ``original`` is what the frozen original says about the examples, where that is known already.
+    ``served`` says how sub-networks are served: without it none is rounded, and sizes are parameters.
 
     ``on_curve(curve, step, loss)`` gets losses under ``super``, ``sub`` and ``held-out``. Raises
     ``TrainingError`` on a loss that is not finite (the model then holds the last good weights) or a
@@ -72,7 +75,8 @@ def finetune(
         examples = Examples.of_text(examples)
     started = time.monotonic()
     processes = join_processes()
-    _check(config, examples, processes)
+    served = served or Served(lambda subnet: float(parameter_count(space.shape, subnet)))
+    _check(config, examples, processes, served)
     on_cpu = elastic.model.device.type == "cpu"
     with freed_memory_kept() if on_cpu else nullcontext(), trained_parameters(elastic, config) as trained:
         identity = tuning_identity(space, config, examples, elastic.model, trained)
@@ -80,9 +84,9 @@ def finetune(
         if original is None:
             original = original_targets(elastic.model, examples, config, identity, folder, processes)
         with sharded(elastic, trained, processes) as (active, parameters):
-            objective = Objective(active, space, examples, config, processes, original)
+            objective = Objective(active, space, examples, config, processes, original, served)
             tuning = _Tuning(
-                active, space, examples, config, parameters, objective, processes, identity, folder
+                active, space, examples, config, parameters, objective, processes, identity, folder, served
             )
             try:
                 tuning.resume(time.monotonic() - started)
@@ -105,6 +109,7 @@ class _Tuning:
         processes: Processes,
         identity: str,
         folder: Path | None,
+        served: Served,
     ) -> None:
         self.elastic, self.space, self.config, self.folder = elastic, space, config, folder
         self.examples = examples
@@ -118,7 +123,7 @@ class _Tuning:
         self.checks: list[float] = []
         self.attention: str = self.model.config._attn_implementation
         self.trained, self.objective = trained, objective
-        self.processes, self.identity = processes, identity
+        self.processes, self.identity, self.served = processes, identity, served
         self.optimizer = MasterAdamW(trained, config.lr, config.weight_decay, (0.9, 0.95))
         self.elapsed_s = 0.0
 
@@ -184,7 +189,8 @@ class _Tuning:
             config.sampling,
             self.step,
             self.rng,
-            config.budget_parameters,
+            config.budget,
+            self.served.size,
         )
         losses = self.objective.losses(networks, self._next_rows())
         if not self.processes.sharded:
@@ -264,7 +270,7 @@ def discard_checkpoint(folder: Path) -> None:
     (folder / targets.NAME).unlink(missing_ok=True)
 
 
-def _check(config: FinetuneConfig, examples: Examples, processes: Processes) -> None:
+def _check(config: FinetuneConfig, examples: Examples, processes: Processes, served: Served) -> None:
     """Raise ``InputError`` for settings that the examples or the processes do not allow."""
     if config.held_out >= len(examples.ids):
         raise InputError(
@@ -272,6 +278,8 @@ def _check(config: FinetuneConfig, examples: Examples, processes: Processes) -> 
         )
     if not examples.learnable[: len(examples.ids) - config.held_out].any():
         raise InputError("no training example has anything to learn: are its answers empty, or cut off?")
+    if served.rounded is not None and (processes.sharded or config.lora_rank):
+        raise InputError("weights that are shared out or frozen cannot learn rounded: tune without rounding")
     if config.batch < processes.count:
         raise InputError(f"a batch of {config.batch} is too small for {processes.count} processes")
     if processes.sharded and config.batch % (processes.count * config.accumulation):

@@ -14,6 +14,7 @@ from compressor.supernet.data import Examples
 from compressor.supernet.elastic import Elastic
 from compressor.supernet.losses import IGNORED, cross_entropy, distillation
 from compressor.supernet.processes import Processes
+from compressor.supernet.served import Served
 from compressor.supernet.targets import Targets, compute, final_states, load_or_compute
 
 if TYPE_CHECKING:
@@ -46,7 +47,9 @@ class Objective:
         config: FinetuneConfig,
         processes: Processes,
         targets: Targets | None,
+        served: Served,
     ) -> None:
+        self._served = served
         self._processes = processes
         self._targets = targets if config.distils and config.teacher == "original" else None
         self._elastic, self._space, self._examples, self._config = elastic, space, examples, config
@@ -65,23 +68,23 @@ class Objective:
             targets, chosen = compute(whole, self._examples.ids[rows], len(rows)), list(range(len(rows)))
         sums: dict[str, list[float]] = {}
         for kind, subnet in networks:
-            self._elastic.activate(subnet)
-            value = self._accumulate(rows, targets, chosen, counted, 1.0 / len(networks))
+            with self._served.weights(self._elastic.activate(subnet), subnet):
+                value = self._accumulate(rows, targets, chosen, counted, 1.0 / len(networks))
             sums.setdefault(kind, []).append(self._processes.total(value))
         return {kind: sum(values) / len(values) for kind, values in sums.items()}
 
     @torch.no_grad()
     def evaluate(self, subnet: SubNetwork, rows: list[int]) -> float:
         """Loss (nats a counted token) of a sub-network on examples, which teach it nothing."""
-        self._elastic.activate(subnet)
         total, count = 0.0, 0
-        for start in range(0, len(rows), self._config.batch):
-            part = rows[start : start + self._config.batch]
-            labels = self._examples.labels[part][:, 1:].flatten()
-            counted = int((labels != IGNORED).sum())
-            if counted:
-                total += counted * float(self._loss(part, labels, self._targets, part))
-                count += counted
+        with self._served.weights(self._elastic.activate(subnet), subnet):
+            for start in range(0, len(rows), self._config.batch):
+                part = rows[start : start + self._config.batch]
+                labels = self._examples.labels[part][:, 1:].flatten()
+                counted = int((labels != IGNORED).sum())
+                if counted:
+                    total += counted * float(self._loss(part, labels, self._targets, part))
+                    count += counted
         return self._processes.total(total / max(count, 1)) / self._processes.count
 
     def _accumulate(

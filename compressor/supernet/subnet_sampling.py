@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from compressor.space import SearchSpace, SubNetwork, parameter_count
 
@@ -15,6 +17,9 @@ Network = tuple[str, SubNetwork]
 
 BUDGET_REACH = 0.12
 """How far below the budget ``budget`` samples, as a share of it."""
+
+BITS_TILT = (-8.0, 0.0)
+"""Layers learn in few bits more often than in many: rounding is what they have to learn."""
 
 DRAWS = 32
 """Candidates among which the one nearest to the wanted size is taken."""
@@ -27,7 +32,8 @@ def networks_of_step(
     sampling: Sampling,
     step: int,
     rng: np.random.Generator,
-    budget_parameters: int | None = None,
+    budget: float | None = None,
+    size: Callable[[SubNetwork], float] | None = None,
 ) -> list[Network]:
     """The networks whose gradients make up one step.
 
@@ -36,43 +42,57 @@ def networks_of_step(
     random ones (Yu & Huang, arXiv 1903.05134).
     """
     if recipe == "sandwich":
-        middle: list[Network] = [
-            ("sub", sample_subnet(space, sampling, rng, budget_parameters)) for _ in range(2)
-        ]
+        middle: list[Network] = [("sub", sample_subnet(space, sampling, rng, budget, size)) for _ in range(2)]
         return [("super", space.largest), ("sub", space.smallest), *middle]
     if super_every > 0 and step % super_every == 0:
         return [("super", space.largest)]
-    return [("sub", sample_subnet(space, sampling, rng, budget_parameters))]
+    return [("sub", sample_subnet(space, sampling, rng, budget, size))]
 
 
 def sample_subnet(
-    space: SearchSpace, sampling: Sampling, rng: np.random.Generator, budget_parameters: int | None = None
+    space: SearchSpace,
+    sampling: Sampling,
+    rng: np.random.Generator,
+    budget: float | None = None,
+    size: Callable[[SubNetwork], float] | None = None,
 ) -> SubNetwork:
-    """``genes``: uniform in genes. ``size``: uniform in parameters. ``small``: in the smaller half of sizes.
+    """``genes``: uniform in genes. ``size``: uniform in size. ``small``: in the smaller half of sizes.
 
-    ``budget``: up to ``BUDGET_REACH`` below ``budget_parameters``, where a search within that budget ends.
-    Uniform genes crowd around the mean size: with 30 layers hardly any sample is near the smallest.
+    ``budget``: up to ``BUDGET_REACH`` below ``budget``, where a search within that budget ends. ``size``
+    counts parameters unless given. Uniform genes crowd around the mean size: with 30 layers hardly any
+    sample is near the smallest.
     """
     if sampling == "genes":
         return space.sample(rng)
-    low = parameter_count(space.shape, space.smallest)
-    high = parameter_count(space.shape, space.largest)
-    if sampling == "budget" and budget_parameters is not None:
-        high = min(high, max(low, budget_parameters))
-        low = max(low, int((1 - BUDGET_REACH) * high))
+
+    def parameters(subnet: SubNetwork) -> float:
+        return float(parameter_count(space.shape, subnet))
+
+    measured = size or parameters
+    low, high = measured(space.smallest), measured(space.largest)
+    if sampling == "budget" and budget is not None:
+        high = min(high, max(low, budget))
+        low = max(low, (1 - BUDGET_REACH) * high)
     reach = 0.5 if sampling == "small" else 1.0
     wanted = low + reach * float(rng.random()) * (high - low)
     candidates = [_skewed(space, rng) for _ in range(DRAWS)]
-    return min(candidates, key=lambda s: abs(parameter_count(space.shape, s) - wanted))
+    return min(candidates, key=lambda s: abs(measured(s) - wanted))
 
 
 def _skewed(space: SearchSpace, rng: np.random.Generator) -> SubNetwork:
-    """A sub-network whose width genes lean to one side, by a tilt that is drawn first."""
-    tilt = float(rng.uniform(-3.0, 3.0))
-    weights = np.exp(tilt * np.linspace(0.0, 1.0, len(space.widths)))
-    chances = weights / weights.sum()
+    """A sub-network whose genes of widths, and of bits, lean to one side, by tilts that are drawn first."""
+    widths = _tilted(len(space.widths), rng.uniform(-3.0, 3.0))
     layers = space.shape.num_layers
     genes = [int(rng.integers(space.choices[0]))]
-    genes += [int(g) for g in rng.choice(len(space.widths), size=layers, p=chances)]
-    genes += [int(rng.integers(n)) for n in space.choices[1 + layers :]]
+    genes += [int(g) for g in rng.choice(len(space.widths), size=layers, p=widths)]
+    if len(space.bits) > 1:
+        bits = _tilted(len(space.bits), rng.uniform(*BITS_TILT))
+        genes += [int(g) for g in rng.choice(len(space.bits), size=layers, p=bits)]
     return space.decode(genes)
+
+
+def _tilted(values: int, tilt: float) -> NDArray[np.float64]:
+    """Chances [values] that grow by e^tilt from the first to the last."""
+    weights = np.exp(tilt * np.linspace(0.0, 1.0, values))
+    chances: NDArray[np.float64] = weights / weights.sum()
+    return chances

@@ -26,10 +26,10 @@ from compressor.engines.onnxruntime import OnnxRuntimeEngine
 from compressor.profile import Workload
 from compressor.space import SubNetwork
 
-folder, layers, narrow, wide, prompt, output, concurrency = Path(sys.argv[1]), *map(int, sys.argv[2:])
+folder, layers, narrow, wide, bits, prompt, output, concurrency = Path(sys.argv[1]), *map(int, sys.argv[2:])
 engine = OnnxRuntimeEngine(folder, threads=2)
 widths = (narrow, (narrow + wide) // 2, wide)
-subnet = SubNetwork(tuple(range(layers)), tuple(widths[i % 3] for i in range(layers)))
+subnet = SubNetwork(tuple(range(layers)), tuple(widths[i % 3] for i in range(layers)), (bits,) * layers)
 workload = Workload(prompt_tokens=prompt, output_tokens=output, concurrency=concurrency)
 before = resident_bytes()
 runner = engine.runner(engine.build(subnet), workload)
@@ -80,17 +80,27 @@ def test_a_package_is_its_weights_without_rotary_tables() -> None:
 
 @pytest.fixture(scope="module")
 def starter_export(starter: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export(starter, tmp_path_factory.mktemp("memory") / "export").folder
+    return export(starter, tmp_path_factory.mktemp("memory") / "export", (4, 8)).folder
 
 
 @pytest.mark.parametrize(
-    ("layers", "narrow", "wide", "prompt", "output", "concurrency"),
-    [(30, 1536, 1536, 128, 16, 1), (20, 768, 768, 256, 8, 2), (24, 768, 1536, 256, 8, 2)],
+    ("layers", "narrow", "wide", "bits", "prompt", "output", "concurrency"),
+    [
+        *[(30, 1536, 1536, 8, 128, 16, 1), (20, 768, 768, 8, 256, 8, 2), (24, 768, 1536, 8, 256, 8, 2)],
+        *[(30, 1536, 1536, 4, 128, 16, 1), (24, 768, 1536, 4, 256, 8, 2)],
+    ],
 )
 def test_the_estimate_is_close_to_the_measured_peak(
-    starter_export: Path, layers: int, narrow: int, wide: int, prompt: int, output: int, concurrency: int
+    starter_export: Path,
+    layers: int,
+    narrow: int,
+    wide: int,
+    bits: int,
+    prompt: int,
+    output: int,
+    concurrency: int,
 ) -> None:
-    arguments = [str(starter_export), *map(str, (layers, narrow, wide, prompt, output, concurrency))]
+    arguments = [str(starter_export), *map(str, (layers, narrow, wide, bits, prompt, output, concurrency))]
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, *arguments], check=True, capture_output=True, text=True
     )

@@ -37,6 +37,16 @@ def test_winner_and_references_with_units() -> None:
     )
 
 
+def test_a_winner_with_layers_of_fewer_bits_is_not_called_int8() -> None:
+    data = make_report_data(60)
+    assert data.winner is not None
+    subnet = data.winner.subnet
+    for first, name in ((8, "layers of 4 or 8 bits"), (4, "layers of 4 bits")):
+        bits = (first, *[4] * (subnet.depth - 1))
+        winner = replace(data.winner, subnet=replace(subnet, bits=bits))
+        assert f"winner, {name}" in " ".join(printed(replace(data, winner=winner), width=160).split())
+
+
 def test_no_winner_and_markup_in_names() -> None:
     data = replace(make_report_data(0), model="me/[bold]model", notes=("Nearest: [red] 0.131 GiB.",))
     text = printed(data)

@@ -44,13 +44,22 @@ def test_unseen_never_repeats():
     assert len(first) == len(second) == 30
 
 
-@pytest.mark.parametrize("space", [SPACE, MIXED])
-def test_layers_that_are_dropped_last_are_the_widest(space):
+@pytest.mark.parametrize(("space", "share"), [(SPACE, 0.75), (MIXED, 0.5)])
+def test_layers_that_are_dropped_last_are_the_widest(space, share):
     problem = make_problem(space, 0.8)
-    target = 0.75 * int8_bytes(space.full)
+    target = share * int8_bytes(space.full)
     found = ranked_to(problem, target, np.random.default_rng(0))
     widths = dict(zip(found.layers, found.widths, strict=True))
     ranked = [widths[layer] for layer in reversed(space.drop_order) if layer in widths]
     assert problem.allows(found) and 0.95 * target < int8_bytes(found) <= target
     assert ranked[0] == space.widths[-1] and ranked[-1] == space.widths[0]
     assert sorted(ranked[:-1], reverse=True)[: len(ranked) // 2] == ranked[: len(ranked) // 2]
+
+
+def test_no_layer_has_more_bits_before_all_have_their_neurons():
+    problem = make_problem(MIXED, 0.8)
+    found = ranked_to(problem, 0.75 * int8_bytes(MIXED.full), np.random.default_rng(0))
+    assert found.depth == MIXED.depths[-1] and set(found.widths) == {MIXED.widths[-1]}
+    bits = dict(zip(found.layers, found.bits, strict=True))
+    ranked = [bits[layer] for layer in reversed(MIXED.drop_order)]
+    assert ranked == sorted(ranked, reverse=True) and set(ranked) == {4, 8}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from compressor.space import ModelShape, SearchSpace, parameter_count
+from compressor.space import ModelShape, SearchSpace, SubNetwork, parameter_count, weight_bytes
 from compressor.supernet.subnet_sampling import Sampling, networks_of_step, sample_subnet
 
 SHAPE = ModelShape(576, 1536, 30, 9, 3, 64, 49152, tie_word_embeddings=True)
@@ -46,8 +46,20 @@ def test_samples_are_of_the_space_and_follow_the_seed(sampling: Sampling) -> Non
 
 def test_bits_are_drawn_too() -> None:
     space = SearchSpace(SHAPE, (30,), (768, 1536), bits=(4, 8))
-    drawn = sample_subnet(space, "size", np.random.default_rng(0))
-    assert set(drawn.bits) == {4, 8}
+    rng = np.random.default_rng(0)
+    drawn = [bits for _ in range(100) for bits in sample_subnet(space, "size", rng).bits]
+    assert set(drawn) == {4, 8} and 0.8 < np.mean(np.array(drawn) == 4) < 0.97
+
+
+def test_the_size_can_be_another_than_parameters() -> None:
+    space = SearchSpace(SHAPE, (27, 30), (768, 1536), bits=(4, 8))
+
+    def size(subnet: SubNetwork) -> float:
+        return float(weight_bytes(SHAPE, subnet, "int8"))
+
+    rng = np.random.default_rng(0)
+    drawn = [size(sample_subnet(space, "budget", rng, 90e6, size)) for _ in range(100)]
+    assert 75e6 < min(drawn) and max(drawn) < 92e6
 
 
 @pytest.mark.parametrize(("every", "kinds"), [(2, "+-+-+-"), (3, "+--+--"), (0, "------")])
