@@ -29,7 +29,7 @@ def snapshot(model: PreTrainedModel) -> dict[str, Tensor]:
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
-def divergence(model: PreTrainedModel, subnet: SubNetwork, ids: Tensor, wanted: Tensor) -> Tensor:
+def divergence(model: PreTrainedModel, ids: Tensor, wanted: Tensor) -> Tensor:
     found = final_states(model, ids)
     return distillation(found.flatten(0, 1), wanted.flatten(0, 1), model.lm_head.weight)
 
@@ -55,14 +55,14 @@ def test_gradients_are_those_of_the_rounded_weights(model: PreTrainedModel, ids:
     with torch.no_grad():
         wanted = final_states(model, ids)
     with SERVED.weights(Elastic(model).activate(subnet), subnet):
-        divergence(model, subnet, ids, wanted).backward()  # type: ignore[no-untyped-call]
+        divergence(model, ids, wanted).backward()  # type: ignore[no-untyped-call]
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     with torch.no_grad():
         for layer in model.model.layers:
             for linear in (module for module in layer.modules() if isinstance(module, torch.nn.Linear)):
                 linear.weight.copy_(rounded(linear.weight, 4))
-    divergence(model, subnet, ids, wanted).backward()  # type: ignore[no-untyped-call]
+    divergence(model, ids, wanted).backward()  # type: ignore[no-untyped-call]
     own = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert found.keys() == own.keys()
     assert all(torch.allclose(found[name], grad) for name, grad in own.items())
@@ -75,10 +75,10 @@ def test_what_learns_rounded_agrees_better_rounded(model: PreTrainedModel) -> No
     with torch.no_grad():
         wanted = final_states(model, text)
         with SERVED.weights(model, space.full):
-            before = float(divergence(model, space.full, text, wanted))
+            before = float(divergence(model, text, wanted))
     finetune(Elastic(model), space, text, FinetuneConfig(steps=60, batch=8, lr=2e-3), served=SERVED)
     with torch.no_grad(), SERVED.weights(model, space.full):
-        assert float(divergence(model, space.full, text, wanted)) < 0.7 * before
+        assert float(divergence(model, text, wanted)) < 0.7 * before
 
 
 def test_frozen_weights_do_not_learn_rounded(model: PreTrainedModel, space: SearchSpace, ids: Tensor) -> None:
