@@ -355,6 +355,11 @@ def test_layers_of_four_bits_are_searched_scored_and_packaged(tiny_model_folder,
     assert manifest.numerics == numerics
     best = max(rows, key=lambda row: row.metrics["accuracy"])
     assert best.metrics["accuracy"] < 1  # rounding shows
+    asked = [sys.executable, "-m", "compressor.cli", "package", str(run), "--engine", "vllm"]
+    result = subprocess.run(asked, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert bits != {4} or "no layers of 4 bits: they get 8" in result.stdout
+    assert set(read_manifest(run / "package-best-vllm").architecture.bits) == {8}
 
 
 def test_layers_that_may_have_fewer_bits_are_tuned_for_them(

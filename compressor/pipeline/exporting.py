@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -34,6 +34,11 @@ class Origin:
     fields: Mapping[str, Any]
     narrow: bool
     """Whether vLLM's INT8 weights stay within 7 bits: for a CPU on which sums of full ones saturate."""
+
+    @property
+    def in_8_bits(self) -> Origin:
+        """The same with 8 bits for each layer, as vLLM's packages have: no less exact than fewer."""
+        return replace(self, subnet=replace(self.subnet, bits=()))
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,10 @@ def package_for(run: Path, engine: str, pick: str, out: Path | None, listener: L
     target = out or run / f"package-{pick}-vllm"
     with reopened(run, listener) as workshop:
         outcomes = known_outcomes(workshop.context.ledger, workshop.terms)
-        origin = _of_run(workshop.context.folder, picked(workshop.problem, outcomes, pick).subnet)
+        chosen = _of_run(workshop.context.folder, picked(workshop.problem, outcomes, pick).subnet)
+        origin = chosen.in_8_bits
+        if origin != chosen:
+            listener(Message("vLLM's packages have no layers of 4 bits: they get 8", "warning"))
 
         def score(folder: Path) -> list[Accuracy]:
             return _scored_in_vllm(folder, origin.subnet, workshop.task, listener)
@@ -172,7 +180,7 @@ def _write_hf(origin: Origin, target: Path, numerics: str, _portable: bool) -> N
 def _write_vllm(origin: Origin, target: Path, numerics: str, portable: bool) -> None:
     vllm_package.write_package(
         origin.supernet,
-        origin.subnet,
+        origin.in_8_bits.subnet,
         target,
         origin.fields,
         numerics=numerics,
