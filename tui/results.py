@@ -28,9 +28,10 @@ if TYPE_CHECKING:
 def weight_budget_bytes(request: RunRequest, model: ModelFacts | None) -> float | None:
     """Bytes on disk of a sub-network that takes just the memory budget.
 
-    Between the smallest sub-network and the whole model, memory grows in line with the bytes.
+    Between the smallest sub-network and the whole model, memory grows in line with the bytes; where
+    layers' bits can be chosen, sub-networks of the same bytes take unlike memory, and there is none.
     """
-    if model is None:
+    if model is None or len(request.profile.layer_bits) > 1:
         return None
     shape, profile = model.shape, request.profile
     fractions = profile.space

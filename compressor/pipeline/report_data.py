@@ -59,9 +59,12 @@ def collect(
 
 
 def _weight_budget(context: Context, outcomes: Sequence[Outcome], finalist: Finalist | None) -> int | None:
-    """What the memory budget leaves for weights beside the winner's own cache and activations."""
+    """What the memory budget leaves for weights beside the winner's own cache and activations.
+
+    None where layers' bits can be chosen: sub-networks of the same bytes then take unlike memory.
+    """
     chosen = finalist.outcome if finalist else next(iter(outcomes), None)
-    if chosen is None:
+    if chosen is None or len(context.request.profile.layer_bits) > 1:
         return None
     beside = chosen.values["memory_bytes"] - chosen.values["weight_bytes"]
     return max(0, int(context.request.profile.budgets.memory_bytes - beside))

@@ -44,7 +44,10 @@ STAGES = (
 
 
 def request() -> RunRequest:
-    return fresh({"profile": "starter-cpu", "model": "starter", "preset": "quick", "memory_budget": 0.19})
+    """With layers of 8 bits throughout, so that the memory budget is a line among the bytes."""
+    asked = fresh({"profile": "starter-cpu", "model": "starter", "preset": "quick", "memory_budget": 0.19})
+    space = asked.profile.space.model_copy(update={"bits": None})
+    return asked.model_copy(update={"profile": asked.profile.model_copy(update={"space": space})})
 
 
 def space() -> SearchSpace:

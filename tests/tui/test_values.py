@@ -152,6 +152,13 @@ def test_the_budgets_line_stands_where_memory_meets_the_budget() -> None:
         assert line == pytest.approx(weight_bytes(SHAPE, subnet, "int8"), rel=1e-4)
 
 
+def test_where_bits_can_be_chosen_the_budget_is_no_line() -> None:
+    asked = request()
+    space = asked.profile.space.model_copy(update={"bits": [4, 8]})
+    profile = asked.profile.model_copy(update={"space": space})
+    assert weight_budget_bytes(asked.model_copy(update={"profile": profile}), STARTER) is None
+
+
 def test_help_is_styled_without_its_marks() -> None:
     shown = styled("# Title\n\nwith **bold** and `code`\nin one line\n- *one*: 1\n- [two]")
     assert shown.plain == "Title\n\nwith bold and code in one line\n• one: 1\n• [two]"
