@@ -125,7 +125,8 @@ class ReportData:
     ``num_layers`` and ``intermediate_size`` are the super-network's. ``weight_budget_bytes`` is what the
     memory budget leaves to weights after key-value cache and activations, where that is one figure.
     ``loss_curves`` map a name (``super``, ``sub``) to (step, loss in nats a token). ``next_commands`` are
-    (what for, command). ``notes`` are sentences a reader must not miss, the nearest miss where nothing meets the budgets.
+    (what for, command). ``notes`` are sentences a reader must not miss, the nearest miss where nothing
+    meets the budgets.
     """
 
     model: str
