@@ -11,36 +11,20 @@ import torch
 
 from compressor import models
 from compressor.compute import fastest_cpu_dtype
-from compressor.engines.memory import served_memory
 from compressor.engines.onnx_export import export
-from compressor.engines.rounding import rounded
 from compressor.evaluation.agreement import AgreementText, torch_predict
 from compressor.events import StageProgress
-from compressor.models import LoadedModel
 from compressor.pipeline.accuracy import mixed_rows
+from compressor.pipeline.base import compute_device, load_to_compute
 from compressor.pipeline.context import Context, Result, run_stage
 from compressor.pipeline.plan import Plan, learns_rounded
+from compressor.pipeline.tuning import training_targets, training_text_file, tune_supernet
 from compressor.runfolder import replace_folder
 from compressor.space import SearchSpace
-from compressor.supernet.config import SUPER_EVERY_WITH_LABELS
-from compressor.supernet.data import Examples, load_training_data
-from compressor.supernet.elastic import Elastic
-from compressor.supernet.finetune import FinetuneConfig, discard_checkpoint, finetune
-from compressor.supernet.folder import SupernetInfo, read_info, save_supernet, weights_hash
-from compressor.supernet.importance import Importance, rank, sort_neurons
+from compressor.supernet.folder import SupernetInfo, read_info, weights_hash
 from compressor.supernet.sampling import sample_text
-from compressor.supernet.served import Served
-from compressor.supernet.targets import Targets
 
-NEURON_SEQUENCES = 32
-LAYER_SEQUENCES = 8
-"""Sequences that neurons and layers are ranked on."""
 BASE_BITS = (4, 8)
-ADAPTER_LR = 1e-3
-"""Adapters take higher rates than all weights do (Biderman et al., arXiv 2405.09673)."""
-
-HELD_OUT_SHARE, MOST_HELD_OUT = 0.05, 32
-"""Rows of the user's training data that tuning doesn't learn, and ends by."""
 
 
 def prepare(context: Context, plan: Plan) -> tuple[SupernetInfo, SearchSpace]:
@@ -66,7 +50,7 @@ def prepare(context: Context, plan: Plan) -> tuple[SupernetInfo, SearchSpace]:
         "supernet",
         "Tuning the super-network",
         inputs,
-        lambda: _tune(context, plan),
+        lambda: tune_supernet(context, plan),
         context.request.effort.tuning_steps,
     )
     info = read_info(context.folder.supernet)
@@ -74,29 +58,6 @@ def prepare(context: Context, plan: Plan) -> tuple[SupernetInfo, SearchSpace]:
     if context.request.profile.engine == "onnxruntime":
         _export_stage(context, info, space)
     return info, space
-
-
-def load_base(context: Context, dtype: torch.dtype = torch.bfloat16) -> LoadedModel:
-    """The unpruned model from the run's own copy."""
-    return models.load(models.resolve(str(context.folder.base)), dtype)
-
-
-def load_to_compute(context: Context) -> LoadedModel:
-    """The unpruned model where and in what this run computes."""
-    loaded = load_base(context, compute_dtype(context))
-    loaded.model.to(compute_device())
-    return loaded
-
-
-def compute_device() -> torch.device:
-    """Where text is written, the super-network tuned and sub-networks scored: a GPU if there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def compute_dtype(context: Context) -> torch.dtype:
-    """What this run writes text, tunes and scores in: decided once, so that a resumed run does the same."""
-    dtype: torch.dtype = getattr(torch, str(context.folder.result("base").get("compute", "bfloat16")))
-    return dtype
 
 
 def _base_stage(context: Context, plan: Plan) -> Result:
@@ -140,95 +101,12 @@ def _text_stage(context: Context, base: Result) -> Result:
         scored = ids[effort.text_sequences :][mixed_rows(effort.score_sequences)]
         text = AgreementText.build(scored, torch_predict(loaded.model), context.request.seed)
         text.save(context.folder.text)
-        np.savez_compressed(_training_text(context), ids=ids[: effort.text_sequences].astype(np.int32))
+        np.savez_compressed(training_text_file(context), ids=ids[: effort.text_sequences].astype(np.int32))
         if context.request.data_free:
-            sampled.targets.first(effort.text_sequences).save(_training_targets(context))
+            sampled.targets.first(effort.text_sequences).save(training_targets(context))
         return {"digest": text.digest}
 
     return run_stage(context, "text", "Writing text with the unpruned model", inputs, work, total, "tokens")
-
-
-def _tune(context: Context, plan: Plan) -> Result:
-    effort, seed = context.request.effort, context.request.seed
-    loaded = load_to_compute(context)
-    with np.load(_training_text(context)) as data:
-        text = torch.from_numpy(data["ids"].astype(np.int64))
-    context.say("ranking neurons and layers on text of the unpruned model")
-    importance = _rank(loaded, text, plan)
-    sort_neurons(loaded.model, importance)
-    space = replace(plan.space, drop_order=importance.drop_order)
-    data_free = context.request.data_free
-    examples = Examples.of_text(text) if data_free else _examples(context, loaded)
-    rank = context.request.lora_rank
-    config = FinetuneConfig(
-        lora_rank=rank,
-        gradient_checkpointing=rank > 0,  # who asks for adapters is short of memory
-        steps=effort.tuning_steps,
-        minutes=effort.tuning_minutes,
-        batch=effort.tuning_batch,
-        budget=context.request.profile.budgets.memory_bytes,
-        held_out=0 if data_free else min(MOST_HELD_OUT, int(HELD_OUT_SHARE * len(examples.ids))),
-        seed=seed,
-        **{
-            "lr": ADAPTER_LR if rank else FinetuneConfig.lr,
-            "loss": context.request.tuning_loss,
-            "super_every": FinetuneConfig.super_every if data_free else SUPER_EVERY_WITH_LABELS,
-            "sampling": "budget",
-            **context.request.tuning.told,
-        },
-    )
-    result = finetune(
-        Elastic(loaded.model),
-        space,
-        examples,
-        config,
-        context.listener,
-        context.ledger.record_curve,
-        context.folder.checkpoints,
-        Targets.load(_training_targets(context)) if data_free and context.request.keeps_teacher else None,
-        Served(
-            lambda subnet: float(served_memory(plan.shape, subnet, context.request.profile).total),
-            rounded if learns_rounded(context.request, space) else None,
-        ),
-    )
-    context.ledger.end_curves(result.steps)
-    if result.stopped_early:
-        context.say(f"tuning ended at step {result.steps}: the loss on held-out rows falls no more")
-
-    def save(path: Path) -> None:
-        path.mkdir(parents=True)
-        loaded.model.to("cpu", torch.bfloat16)
-        save_supernet(loaded.model, loaded.tokenizer, importance.drop_order, importance.ordering, path)
-
-    replace_folder(context.folder.supernet, save)
-    discard_checkpoint(context.folder.checkpoints)
-    _training_targets(context).unlink(missing_ok=True)
-    return {"weights": read_info(context.folder.supernet).weights_hash, **asdict(result)}
-
-
-def _rank(loaded: LoadedModel, text: torch.Tensor, plan: Plan) -> Importance:
-    """Neurons by activation; layers greedily, which takes a pass a layer and so a little less text."""
-    neurons = rank(loaded.model, _batches(text[:NEURON_SEQUENCES]), layers="paper")
-    drops = plan.shape.num_layers - plan.space.depths[0]
-    layers = rank(
-        loaded.model, _batches(text[:LAYER_SEQUENCES]), neurons="paper", layers="greedy", drops=drops
-    )
-    ordering = f"{neurons.ordering.split('+')[0]}+{layers.ordering.split('+')[1]}"
-    return Importance(neurons.neuron_orders, layers.drop_order, ordering)
-
-
-def _batches(text: torch.Tensor) -> list[torch.Tensor]:
-    return [text[i : i + 8] for i in range(0, len(text), 8)]
-
-
-def _examples(context: Context, loaded: LoadedModel) -> Examples:
-    """The user's rows; no more of them than are learnt where the unpruned model's view of each is kept."""
-    request, effort = context.request, context.request.effort
-    rows = load_training_data(request.train_data, loaded.tokenizer, effort.sequence_length, context.listener)
-    if not request.keeps_teacher:
-        return rows
-    wanted = effort.tuning_steps * effort.tuning_batch + MOST_HELD_OUT
-    return rows.some(wanted, request.seed)
 
 
 def _export_stage(context: Context, info: SupernetInfo, space: SearchSpace) -> None:
@@ -251,12 +129,3 @@ def supernet_export(context: Context) -> Path:
 
 def base_export(context: Context) -> Path:
     return context.folder.engine / "base"
-
-
-def _training_text(context: Context) -> Path:
-    return context.folder.path / "training-text.npz"
-
-
-def _training_targets(context: Context) -> Path:
-    """What the unpruned model thought while it wrote the training text; gone once that is tuned on."""
-    return context.folder.path / "training-targets.pt"

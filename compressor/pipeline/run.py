@@ -27,11 +27,12 @@ from compressor.events import Listener, RunFinished, StageFinished, StageProgres
 from compressor.ledger import open_ledger
 from compressor.measurement import Measurement
 from compressor.pipeline.accuracy import AccuracyTask, check_tasks, make_accuracy_task
+from compressor.pipeline.base import compute_device, compute_dtype, load_base, load_to_compute
 from compressor.pipeline.candidates import Evaluator, Terms, known_outcomes
 from compressor.pipeline.context import Context, Result, logged, run_stage
 from compressor.pipeline.deliver import package
 from compressor.pipeline.plan import Plan, make_plan
-from compressor.pipeline.prepare import compute_device, compute_dtype, load_base, load_to_compute, prepare
+from compressor.pipeline.prepare import prepare
 from compressor.pipeline.racing import rivals
 from compressor.pipeline.references import ReferenceSet
 from compressor.pipeline.report_data import collect

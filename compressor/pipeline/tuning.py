@@ -1,0 +1,141 @@
+"""The super-network's fine-tuning as a run asks for it: on what, by which recipe, from which teacher."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from compressor.engines.memory import served_memory
+from compressor.engines.rounding import rounded
+from compressor.models import LoadedModel
+from compressor.pipeline.base import load_to_compute
+from compressor.pipeline.context import Context, Result
+from compressor.pipeline.plan import Plan, learns_rounded
+from compressor.runfolder import replace_folder
+from compressor.supernet.config import SUPER_EVERY_WITH_LABELS
+from compressor.supernet.data import Examples, load_training_data
+from compressor.supernet.elastic import Elastic
+from compressor.supernet.finetune import FinetuneConfig, discard_checkpoint, finetune
+from compressor.supernet.folder import read_info, save_supernet
+from compressor.supernet.importance import Importance, rank, sort_neurons
+from compressor.supernet.served import Served
+from compressor.supernet.targets import Targets
+
+NEURON_SEQUENCES = 32
+LAYER_SEQUENCES = 8
+"""Sequences that neurons and layers are ranked on."""
+
+ADAPTER_LR = 1e-3
+"""Adapters take higher rates than all weights do (Biderman et al., arXiv 2405.09673)."""
+
+HELD_OUT_SHARE, MOST_HELD_OUT = 0.05, 32
+"""Rows of the user's training data that tuning doesn't learn, and ends by."""
+
+
+def tune_supernet(context: Context, plan: Plan) -> Result:
+    """Rank, sort and tune the unpruned model, and write the super-network's folder."""
+    loaded = load_to_compute(context)
+    text = training_text(context)
+    context.say("ranking neurons and layers on text of the unpruned model")
+    importance = _rank(loaded, text, plan)
+    sort_neurons(loaded.model, importance)
+    space = replace(plan.space, drop_order=importance.drop_order)
+    examples = training_examples(context, loaded)
+    known = context.request.data_free and context.request.keeps_teacher
+    result = finetune(
+        Elastic(loaded.model),
+        space,
+        examples,
+        tuning_config(context, examples),
+        context.listener,
+        context.ledger.record_curve,
+        context.folder.checkpoints,
+        Targets.load(training_targets(context)) if known else None,
+        Served(
+            lambda subnet: float(served_memory(plan.shape, subnet, context.request.profile).total),
+            rounded if learns_rounded(context.request, space) else None,
+        ),
+    )
+    context.ledger.end_curves(result.steps)
+    if result.stopped_early:
+        context.say(f"tuning ended at step {result.steps}: the loss on held-out rows falls no more")
+
+    def save(path: Path) -> None:
+        path.mkdir(parents=True)
+        loaded.model.to("cpu", torch.bfloat16)
+        save_supernet(loaded.model, loaded.tokenizer, importance.drop_order, importance.ordering, path)
+
+    replace_folder(context.folder.supernet, save)
+    discard_checkpoint(context.folder.checkpoints)
+    training_targets(context).unlink(missing_ok=True)
+    return {"weights": read_info(context.folder.supernet).weights_hash, **asdict(result)}
+
+
+def tuning_config(context: Context, examples: Examples) -> FinetuneConfig:
+    """The recipe: what the request tells, and what fits the data else."""
+    request, effort = context.request, context.request.effort
+    adapters = request.lora_rank > 0
+    return FinetuneConfig(
+        lora_rank=request.lora_rank,
+        gradient_checkpointing=adapters,  # who asks for adapters is short of memory
+        steps=effort.tuning_steps,
+        minutes=effort.tuning_minutes,
+        batch=effort.tuning_batch,
+        budget=request.profile.budgets.memory_bytes,
+        held_out=0 if request.data_free else min(MOST_HELD_OUT, int(HELD_OUT_SHARE * len(examples.ids))),
+        seed=request.seed,
+        **{
+            "lr": ADAPTER_LR if adapters else FinetuneConfig.lr,
+            "loss": request.tuning_loss,
+            "super_every": FinetuneConfig.super_every if request.data_free else SUPER_EVERY_WITH_LABELS,
+            "sampling": "budget",
+            **request.tuning.told,
+        },
+    )
+
+
+def training_examples(context: Context, loaded: LoadedModel) -> Examples:
+    """What is learnt: text that the unpruned model wrote, or the user's rows; of these no more than are
+    learnt where the unpruned model's view of each is kept."""
+    request, effort = context.request, context.request.effort
+    if request.data_free:
+        return Examples.of_text(training_text(context))
+    rows = load_training_data(request.train_data, loaded.tokenizer, effort.sequence_length, context.listener)
+    if not request.keeps_teacher:
+        return rows
+    wanted = effort.tuning_steps * effort.tuning_batch + MOST_HELD_OUT
+    return rows.some(wanted, request.seed)
+
+
+def training_text(context: Context) -> torch.Tensor:
+    """Token ids [sequences, length] that the unpruned model wrote to be ranked and tuned on."""
+    with np.load(training_text_file(context)) as data:
+        return torch.from_numpy(data["ids"].astype(np.int64))
+
+
+def training_text_file(context: Context) -> Path:
+    return context.folder.path / "training-text.npz"
+
+
+def training_targets(context: Context) -> Path:
+    """What the unpruned model thought while it wrote the training text; gone once that is tuned on."""
+    return context.folder.path / "training-targets.pt"
+
+
+def _rank(loaded: LoadedModel, text: torch.Tensor, plan: Plan) -> Importance:
+    """Neurons by activation; layers greedily, which takes a pass a layer and so a little less text."""
+    neurons = rank(loaded.model, batches(text[:NEURON_SEQUENCES]), layers="paper")
+    drops = plan.shape.num_layers - plan.space.depths[0]
+    layers = rank(
+        loaded.model, batches(text[:LAYER_SEQUENCES]), neurons="paper", layers="greedy", drops=drops
+    )
+    ordering = f"{neurons.ordering.split('+')[0]}+{layers.ordering.split('+')[1]}"
+    return Importance(neurons.neuron_orders, layers.drop_order, ordering)
+
+
+def batches(text: torch.Tensor) -> list[torch.Tensor]:
+    """Sequences to calibrate on, eight at a time."""
+    return [text[i : i + 8] for i in range(0, len(text), 8)]
