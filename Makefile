@@ -16,7 +16,7 @@ CUDA   := $(shell command -v nvidia-smi)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 test test-slow test-vllm demo bench%: export HF_HUB_OFFLINE = 1
 
-.PHONY: help setup setup-vllm setup-llama setup-optimum demo test test-slow test-vllm test-optimum check format bench bench-evaluation bench-supernet bench-measure bench-measure-vllm bench-search bench-mixed-bits bench-formats bench-llm-int8 bench-serve soak-serve bench-wizard clean
+.PHONY: help setup setup-vllm setup-llama setup-optimum demo test test-slow test-vllm test-optimum check format bench bench-evaluation bench-supernet bench-measure bench-measure-vllm bench-search bench-mixed-bits bench-formats bench-llm-int8 bench-comparison bench-serve soak-serve bench-wizard clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 20
@@ -104,7 +104,7 @@ format: setup  ## let ruff format and fix
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: bench-evaluation bench-supernet bench-measure bench-measure-vllm bench-search bench-mixed-bits bench-formats bench-llm-int8 bench-serve bench-wizard  ## all benchmarks
+bench: bench-evaluation bench-supernet bench-measure bench-measure-vllm bench-search bench-mixed-bits bench-formats bench-llm-int8 bench-comparison bench-serve bench-wizard  ## all benchmarks
 
 bench-evaluation: setup  ## our scorer beside lm-eval's own model
 	$(BIN)/python benchmarks/evaluation.py
@@ -129,6 +129,9 @@ bench-formats: setup setup-vllm setup-llama  ## four formats of one sub-network,
 
 bench-llm-int8: setup  ## sub-networks in the paper's INT8, before and after, as table and plot
 	$(BIN)/python benchmarks/llm_int8.py
+
+bench-comparison: setup  ## sub-networks beside LLM-Pruner and SliceGPT, at equal size and tuning
+	$(BIN)/python benchmarks/comparison.py
 
 bench-serve: setup setup-vllm $(LLAMA)/bin/llama-server  ## the endpoint beside llama.cpp's server, vLLM's and the bare engine
 	$(BIN)/python benchmarks/endpoint.py

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from compressor import __version__
-from compressor.errors import CompressorError
+from compressor.errors import CompressorError, InputError
 
 app = typer.Typer(
     name="compress",
@@ -383,6 +383,36 @@ def export(
     with terminal_listener(console) as listener:
         written = write(source, format, pick, numerics, portable, out, listener)
     console.print(f"written: {written}", highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
+def compare(
+    run: RunArgument,
+    pick: Annotated[
+        str, typer.Option(help="Whose size: winner, best, smallest, fastest, or a digest.")
+    ] = "winner",
+    tuning_minutes: Annotated[
+        float | None, typer.Option(help="Tuning of each rival, minutes [default: as the run's own].")
+    ] = None,
+) -> None:
+    """Prune the run's model by LLM-Pruner and SliceGPT to a sub-network's size, tune alike, and compare.
+
+    Examples:
+
+      compress compare runs/demo
+
+      compress compare runs/demo --pick smallest --tuning-minutes 10
+    """
+    from compressor.console import terminal_listener
+    from compressor.pipeline.comparing import compare as prune_and_compare
+    from compressor.report.comparison import comparison_table
+
+    if tuning_minutes is not None and not tuning_minutes > 0:
+        raise InputError(f"--tuning-minutes must be above 0 (got {tuning_minutes:g})")
+    console = Console()
+    with terminal_listener(console) as listener:
+        comparison = prune_and_compare(run, pick, tuning_minutes, listener)
+    console.print(comparison_table(comparison))
 
 
 @app.command()

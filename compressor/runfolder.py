@@ -9,6 +9,7 @@ ledger.sqlite   every evaluation
 events.jsonl    what the run told the world, a line an event
 run.log         what a run in the background printed
 front.json  report/  package/
+comparisons/    sub-networks beside other pruning methods, one file each
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ class RunFolder:
         self.front = path / "front.json"
         self.report = path / "report"
         self.package = path / "package"
+        self.comparisons = path / "comparisons"
         self.events = path / "events.jsonl"
         self.log = path / LOG_FILE
 

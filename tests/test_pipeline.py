@@ -223,6 +223,36 @@ def test_the_report_prints_a_table_and_writes_the_page_anew(finished: Path) -> N
     assert page.is_file()
 
 
+def test_a_sub_network_is_compared_with_other_methods_at_its_size(finished: Path) -> None:
+    asked = ("compare", str(finished), "--pick", "smallest", "--tuning-minutes", "1")
+    first = compress(*asked)
+    assert first.returncode == 0, first.stderr
+    assert "LLM-Pruner" in first.stdout and "SliceGPT" in first.stdout
+    (written,) = (finished / "comparisons").iterdir()
+    data = json.loads(written.read_text())
+    unpruned, ours, *rivals = data["compared"]
+    assert unpruned["score"]["value"] == 1.0 and unpruned["ttft"] is None
+    for rival in rivals:
+        assert 0.8 * ours["parameters"] < rival["parameters"] <= ours["parameters"] < unpruned["parameters"]
+        assert 0 <= rival["untuned"]["value"] <= 1 and rival["ttft"]["ratio"] > 0
+        assert rival["tuned_minutes"] > 0 and rival["test"]["against"] == rival["name"]
+    assert not (finished / "comparing").exists()
+    assert "Beside other pruning methods" in (finished / "report" / "index.html").read_text()
+    again = compress(*asked)
+    assert (again.stdout + again.stderr).count("already done") == 4
+    assert json.loads(written.read_text()) == data
+
+
+def test_what_keeps_all_parameters_has_no_rival(finished: Path) -> None:
+    data = json.loads((finished / "front.json").read_text())
+    whole = SubNetwork((0, 1, 2, 3), (128,) * 4)
+    known = {SubNetwork.from_dict(c["subnet"]).digest for c in data["candidates"]}
+    if whole.digest not in known:
+        pytest.skip("the search did not evaluate the whole model")
+    done = compress("compare", str(finished), "--pick", whole.digest)
+    assert done.returncode == 2 and "keeps all" in done.stderr and "--pick" in done.stderr
+
+
 def test_the_package_answers_through_its_endpoint(finished: Path) -> None:
     result = compress("ask", str(finished / "package"), "Hello?", "--max-tokens", "8")
     assert result.returncode == 0, result.stderr

@@ -5,7 +5,10 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 
+from pydantic import TypeAdapter, ValidationError
+
 from compressor.engines.memory import shipped_weight_bytes
+from compressor.errors import RunConflictError
 from compressor.ledger import Row
 from compressor.measurement import Measurement
 from compressor.pipeline.accuracy import AccuracyTask
@@ -15,12 +18,14 @@ from compressor.pipeline.references import PYTORCH, ReferenceSet
 from compressor.pipeline.replanning import GIB, budget_limits
 from compressor.pipeline.winner import BESIDE, Finalist
 from compressor.report import data as report
+from compressor.runfolder import RunFolder, write_json
 from compressor.search.front import pareto_front
 from compressor.search.problem import Outcome, Problem
-from compressor.space import Numerics, parameter_count
+from compressor.space import Numerics, SubNetwork, parameter_count
 
 REFERENCE_NAMES = {"bf16": "unpruned, bf16", "int8": "unpruned, INT8", "int4": "unpruned, INT4"}
 CURVES = ("super", "sub", "held-out")
+_COMPARISON = TypeAdapter(report.Comparison)
 
 
 def collect(
@@ -55,7 +60,24 @@ def collect(
         conditions=_conditions(finalist),
         next_commands=_next_commands(context, finalist),
         notes=tuple(notes),
+        comparisons=known_comparisons(context.folder),
     )
+
+
+def save_comparison(folder: RunFolder, subnet: SubNetwork, comparison: report.Comparison) -> None:
+    """Keep what ``known_comparisons`` finds: one for each sub-network."""
+    write_json(folder.comparisons / f"{subnet.digest}.json", _COMPARISON.dump_python(comparison, mode="json"))
+
+
+def known_comparisons(folder: RunFolder) -> tuple[report.Comparison, ...]:
+    """Comparisons made in this run, that of the largest sub-network first. Raises ``RunConflictError``."""
+    found = []
+    for path in sorted(folder.comparisons.glob("*.json")):
+        try:
+            found.append(_COMPARISON.validate_json(path.read_bytes()))
+        except ValidationError:
+            raise RunConflictError(f"{path} is damaged: delete it and compare again") from None
+    return tuple(sorted(found, key=lambda c: -c.compared[1].parameters))
 
 
 def _weight_budget(context: Context, outcomes: Sequence[Outcome], finalist: Finalist | None) -> int | None:

@@ -35,7 +35,7 @@ from compressor.pipeline.plan import Plan, make_plan
 from compressor.pipeline.prepare import prepare
 from compressor.pipeline.racing import rivals
 from compressor.pipeline.references import ReferenceSet
-from compressor.pipeline.report_data import collect
+from compressor.pipeline.report_data import collect, known_comparisons
 from compressor.pipeline.searching import make_problem, search
 from compressor.pipeline.targets import Target, check_target, make_target
 from compressor.pipeline.verdict import Verdict
@@ -258,6 +258,7 @@ def write_report(path: Path) -> Verdict:
             f"{folder.front} is damaged ({error.error_count()} errors): `compress --run {path} --resume` "
             "writes it again"
         ) from None
+    data = replace(data, comparisons=known_comparisons(folder))
     write_page(data, folder.report)
     return Verdict(path, data)
 

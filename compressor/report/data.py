@@ -119,6 +119,34 @@ class Workload:
 
 
 @dataclass(frozen=True)
+class Compared:
+    """One way to reach the size: its score when tuned and, where it has one, before; its times over the
+    unpruned model's; what its tuning took; and how the sub-network fares against it."""
+
+    name: str
+    parameters: int
+    score: Score
+    untuned: Score | None = None
+    ttft: SideBySide | None = None
+    tpot: SideBySide | None = None
+    tuned_minutes: float = 0.0
+    test: PairedTest | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The unpruned model, the sub-network and its rivals, in this order, scored on the same unseen items.
+
+    ``numerics`` are what all were computed in.
+    """
+
+    model: str
+    task: str
+    numerics: str
+    compared: tuple[Compared, ...]
+
+
+@dataclass(frozen=True)
 class ReportData:
     """A run, as its report shows it.
 
@@ -126,7 +154,7 @@ class ReportData:
     memory budget leaves to weights after key-value cache and activations, where that is one figure.
     ``loss_curves`` map a name (``super``, ``sub``) to (step, loss in nats a token). ``next_commands`` are
     (what for, command). ``notes`` are sentences a reader must not miss, the nearest miss where nothing
-    meets the budgets.
+    meets the budgets. ``comparisons`` are with other pruning methods, made after the run.
     """
 
     model: str
@@ -147,6 +175,7 @@ class ReportData:
     conditions: Mapping[str, str] = field(default_factory=dict)
     next_commands: tuple[tuple[str, str], ...] = ()
     notes: tuple[str, ...] = ()
+    comparisons: tuple[Comparison, ...] = ()
 
     def reference(self, numerics: str) -> Reference | None:
         """The unpruned model in these numerics, if it was measured."""

@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from compressor.report import analysis, fronts, layers, wording
+from compressor.report import analysis, comparison, fronts, layers, wording
 from compressor.report.data import Candidate, ReportData, Score, Speed
 from compressor.report.style import PALETTE, PNG_DPI, styled
 
@@ -45,6 +45,7 @@ def render(data: ReportData, svgs: dict[str, Markup]) -> str:
         data=data,
         svgs=svgs,
         wording=wording,
+        comparison=comparison,
         headline=wording.headline(data),
         figures=_key_figures(data),
         choices=_choices(data),

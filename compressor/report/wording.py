@@ -113,10 +113,10 @@ def layers_named(numbers: str) -> str:
     return f"layer {numbers}" if numbers.isdigit() else f"layers {numbers}"
 
 
-def paired_test(test: PairedTest) -> str:
+def paired_test(test: PairedTest, winner: str = "the winner") -> str:
     """What McNemar's test says, and no more than it says."""
     figures = f"p = {test.p_value:.3f}" if test.p_value >= 0.001 else "p < 0.001"
-    counts = f"{test.gained} items only the winner has right, {test.lost} only {test.against}"
+    counts = f"{test.gained} items only {winner} has right, {test.lost} only {test.against}"
     if test.p_value >= SIGNIFICANCE:
         return f"No significant difference from {test.against} (McNemar, {figures}; {counts})."
     verdict = "better" if test.gained > test.lost else "worse"

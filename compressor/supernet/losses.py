@@ -17,14 +17,21 @@ IGNORED = -100
 """A label that does not count."""
 
 
-def distillation(hidden: Tensor, target: Tensor, head: Tensor, temperature: float = 1.0) -> Tensor:
+def distillation(
+    hidden: Tensor,
+    target: Tensor,
+    head: Tensor,
+    temperature: float = 1.0,
+    target_head: Tensor | None = None,
+) -> Tensor:
     """Mean KL divergence (nats a token) of the student's next-token distribution from the teacher's.
 
     ``hidden`` and ``target`` (tokens, hidden_size) are both models' states before the head, ``head``
-    (vocabulary, hidden_size) is shared and receives no gradient. Scaled by temperature² (Hinton et
-    al., arXiv 1503.02531).
+    (vocabulary, hidden_size) is shared unless the teacher has ``target_head``, and receives no gradient.
+    Scaled by temperature² (Hinton et al., arXiv 1503.02531).
     """
-    loss: Tensor = _Distillation.apply(hidden, target, head, temperature)  # type: ignore[no-untyped-call]
+    reads = head if target_head is None else target_head
+    loss: Tensor = _Distillation.apply(hidden, target, head, reads, temperature)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -41,12 +48,14 @@ def cross_entropy(hidden: Tensor, labels: Tensor, head: Tensor) -> Tensor:
 
 class _Distillation(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, target: Tensor, head: Tensor, temperature: float) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, target: Tensor, head: Tensor, target_head: Tensor, temperature: float
+    ) -> Tensor:
         gradient = torch.empty_like(hidden)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         for start in range(0, len(hidden), ROWS_AT_ONCE):
             rows = slice(start, start + ROWS_AT_ONCE)
-            wanted = F.linear(target[rows], head).float().div_(temperature).log_softmax(-1)
+            wanted = F.linear(target[rows], target_head).float().div_(temperature).log_softmax(-1)
             found = F.linear(hidden[rows], head).float().div_(temperature).log_softmax(-1)
             chances = wanted.exp()
             total += (chances * (wanted - found)).sum()
@@ -57,9 +66,9 @@ class _Distillation(torch.autograd.Function):
         return total * (scale * temperature**2)
 
     @staticmethod
-    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * outer[0].to(gradient.dtype), None, None, None
+        return gradient * outer[0].to(gradient.dtype), None, None, None, None
 
 
 class _CrossEntropy(torch.autograd.Function):

@@ -122,7 +122,11 @@ class Objective:
         if targets is not None:
             counted = labels != IGNORED
             wanted = targets.states[chosen].to(device).flatten(0, 1)[counted]
-            likely = head.detach()[targets.vocabulary(chosen).to(device)]
+            vocabulary = targets.vocabulary(chosen).to(device)
+            theirs = None if targets.head is None else targets.head[vocabulary]
             weight = config.gamma if config.loss == "both" else 1.0
-            terms.append(weight * distillation(hidden[counted], wanted, likely, config.temperature).float())
+            loss = distillation(
+                hidden[counted], wanted, head.detach()[vocabulary], config.temperature, theirs
+            )
+            terms.append(weight * loss.float())
         return torch.stack(terms).sum()

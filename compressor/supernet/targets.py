@@ -21,10 +21,14 @@ LIKELY = 16
 
 @dataclass(frozen=True)
 class Targets:
-    """``states`` (examples, length - 1, hidden) before the head; ``likely`` token ids (…, LIKELY)."""
+    """``states`` (examples, length - 1, hidden) before the head; ``likely`` token ids (…, LIKELY).
+
+    ``head`` (vocabulary, hidden) is what reads those states, where it is not the tuned model's own.
+    """
 
     states: Tensor
     likely: Tensor
+    head: Tensor | None = None
 
     def vocabulary(self, rows: list[int]) -> Tensor:
         """Ids of the tokens likely anywhere in these examples, ascending.

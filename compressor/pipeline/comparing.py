@@ -1,0 +1,263 @@
+"""A run's sub-network beside what other pruning methods make of the same model at the same size."""
+
+from __future__ import annotations
+
+import base64
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from compressor.comparison import llm_pruner, slicegpt
+from compressor.engines.paired import time_pair
+from compressor.engines.pytorch import TorchRunner
+from compressor.errors import InputError
+from compressor.evaluation.encoding import Encoded
+from compressor.events import Listener
+from compressor.manifest import read_manifest
+from compressor.pipeline.base import compute_device, compute_dtype, load_to_compute
+from compressor.pipeline.candidates import known_outcomes
+from compressor.pipeline.context import Result, run_stage
+from compressor.pipeline.report_data import save_comparison
+from compressor.pipeline.run import Workshop, picked, reopened, write_report
+from compressor.pipeline.tuning import (
+    NEURON_SEQUENCES,
+    batches,
+    training_examples,
+    training_text,
+    tuning_config,
+)
+from compressor.report.data import Compared, Comparison, PairedTest, Score, SideBySide
+from compressor.space import SearchSpace, SubNetwork, parameter_count
+from compressor.supernet.elastic import Elastic
+from compressor.supernet.extraction import extract
+from compressor.supernet.finetune import finetune
+from compressor.supernet.folder import load_supernet
+from compressor.supernet.targets import Targets, compute
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from compressor.evaluation.scorer import Likelihoods
+
+Prune = Callable[["PreTrainedModel", Sequence[Tensor], int], "PreTrainedModel"]
+METHODS: Mapping[str, Prune] = {"LLM-Pruner": llm_pruner.prune, "SliceGPT": slicegpt.slice_model}
+"""In place, by calibration text, to so many parameters."""
+UNPRUNED, OURS = "unpruned", "sub-network"
+SPLIT = "report"
+SPEED_SECONDS = 30.0
+"""Longest time that a model and the unpruned one are measured in turns."""
+
+
+def compare(run: Path, pick: str, minutes: float | None, listener: Listener) -> Comparison:
+    """Prune the unpruned model of a finished run by other methods to the parameters of its winner, or of
+    another ``pick``; tune each on what the run tuned its super-network on, as long or for ``minutes``; score
+    all, unquantized, on the items that the search never saw.
+
+    What is finished is kept in the run's folder, and the result shown in its report. Raises ``InputError``.
+    """
+    with reopened(run, listener) as workshop:
+        subnet = _subnet(workshop, pick)
+        shape = workshop.plan.shape
+        full = parameter_count(shape, workshop.space.full)
+        if parameter_count(shape, subnet) >= full:
+            raise InputError(
+                f"sub-network {subnet.digest} keeps all {full / 1e6:.1f}M parameters: there is nothing to "
+                "prune by other methods. Choose a smaller one with --pick"
+            )
+        comparison = _Comparing(workshop, subnet, minutes).compare()
+    save_comparison(workshop.context.folder, subnet, comparison)
+    write_report(run)
+    return comparison
+
+
+def _subnet(workshop: Workshop, pick: str) -> SubNetwork:
+    if pick == "winner":
+        manifest = read_manifest(workshop.context.folder.package)
+        return SubNetwork.from_dict(manifest.architecture.model_dump())
+    outcomes = known_outcomes(workshop.context.ledger, workshop.terms)
+    return picked(workshop.problem, outcomes, pick).subnet
+
+
+class _Comparing:
+    """Makes and scores every way to one size, each once."""
+
+    def __init__(self, workshop: Workshop, subnet: SubNetwork, minutes: float | None) -> None:
+        self._workshop, self._context, self._subnet = workshop, workshop.context, subnet
+        self._minutes = minutes or self._context.request.effort.tuning_minutes
+        self._scratch = self._context.folder.path / "comparing"
+
+    def compare(self) -> Comparison:
+        weights = {"weights": self._workshop.info.weights_hash, "subnet": self._subnet.digest}
+        found = {UNPRUNED: self._once("unpruned", UNPRUNED, {}, self._score_unpruned)}
+        found[OURS] = self._once(self._subnet.digest, OURS, weights, self._score_ours)
+        for name, prune in METHODS.items():
+            stage = f"{name.lower()}-{self._size}"
+            found[name] = self._once(stage, name, self._rival_inputs(), partial(self._try, name, prune))
+        shutil.rmtree(self._scratch, ignore_errors=True)
+        numerics = str(compute_dtype(self._context)).removeprefix("torch.")
+        model = Path(self._workshop.plan.source.name).name
+        compared = tuple(self._compared(name, result, found[OURS]) for name, result in found.items())
+        return Comparison(model, self._workshop.task.name, numerics, compared)
+
+    def _once(self, stage: str, name: str, inputs: Mapping[str, Any], work: Callable[[], Result]) -> Result:
+        told = {
+            **inputs,
+            "base": self._context.folder.result("base"),
+            "task": self._workshop.task.key(SPLIT),
+            "workload": self._context.request.profile.workload.model_dump(),
+        }
+        return run_stage(self._context, f"compare-{stage}", f"Comparing: {name}", told, work)
+
+    def _rival_inputs(self) -> dict[str, Any]:
+        request = self._context.request
+        return {
+            "parameters": self._size,
+            "minutes": self._minutes,
+            "effort": [request.effort.tuning_steps, request.effort.tuning_batch],
+            "train_data": request.train_data,
+            "tuning": request.tuning.told,
+            "lora_rank": request.lora_rank,
+            "seed": request.seed,
+        }
+
+    @property
+    def _size(self) -> int:
+        return parameter_count(self._workshop.plan.shape, self._subnet)
+
+    def _score_unpruned(self) -> Result:
+        model = load_to_compute(self._context).model
+        return {"parameters": model.num_parameters(), **self._scored(model)}
+
+    def _score_ours(self) -> Result:
+        context = self._context
+        whole, _, _ = load_supernet(context.folder.supernet, compute_dtype(context))
+        model = extract(whole, replace(self._subnet, bits=()))
+        del whole
+        model.to(compute_device())
+        return {
+            "parameters": model.num_parameters(),
+            **self._scored(model),
+            "speed": self._speed(model),
+            "seconds": float(context.folder.result("supernet")["seconds"]),
+        }
+
+    def _try(self, name: str, prune: Prune) -> Result:
+        """Prune, score, tune, score again."""
+        context = self._context
+        loaded = load_to_compute(context)
+        examples = training_examples(context, loaded)
+        config = replace(
+            tuning_config(context, examples),
+            minutes=self._minutes,
+            recipe="alternate",
+            super_every=1,  # there is but one network
+            teacher="original",
+        )
+        teacher = self._teacher(loaded.model, examples.ids) if config.distils else None
+        calibration = batches(training_text(context)[:NEURON_SEQUENCES])
+        context.say(f"{name}: pruning to {self._size / 1e6:.1f}M parameters")
+        model = prune(loaded.model, calibration, self._size)
+        parameters, untuned = model.num_parameters(), self._scored(model)["score"]
+        shape = self._workshop.plan.shape
+        tuned = finetune(
+            Elastic(model),
+            SearchSpace(shape, (shape.num_layers,), (shape.intermediate_size,)),
+            examples,
+            config,
+            context.listener,
+            folder=self._scratch / name.lower(),
+            original=teacher,
+        )
+        return {
+            "parameters": parameters,
+            "untuned": untuned,
+            **self._scored(model),
+            "speed": self._speed(model),
+            "seconds": tuned.seconds,
+        }
+
+    def _teacher(self, model: PreTrainedModel, ids: Tensor) -> Targets:
+        """What the unpruned model says of the examples, kept until all is compared."""
+        path = self._scratch / "teacher.pt"
+        targets = Targets.load(path)
+        if targets is None:
+            self._context.say("asking the unpruned model about the training text")
+            targets = compute(model, ids, self._context.request.effort.tuning_batch)
+            targets.save(path)
+        return replace(targets, head=model.lm_head.weight.detach().clone())
+
+    def _scored(self, model: PreTrainedModel) -> Result:
+        score = self._workshop.task.score_artefact(PlainArtefact(model.eval()), SPLIT)
+        return {"score": score.metrics(), "items": base64.b64encode(score.items).decode()}
+
+    def _speed(self, model: PreTrainedModel) -> dict[str, float]:
+        """Its times over the unpruned model's, in turns, both as they stand."""
+        workload = self._context.request.profile.workload
+        unpruned = load_to_compute(self._context).model
+        with torch.inference_mode():
+            runners = TorchRunner(model, workload), TorchRunner(unpruned, workload)
+            return time_pair(*runners, workload, max_seconds=SPEED_SECONDS)[2].to_dict()
+
+    def _compared(self, name: str, result: Result, ours: Result) -> Compared:
+        return Compared(
+            name,
+            result["parameters"],
+            _score(result["score"]),
+            untuned=_score(result["untuned"]) if "untuned" in result else None,
+            ttft=_beside(result, "ttft"),
+            tpot=_beside(result, "tpot"),
+            tuned_minutes=result.get("seconds", 0.0) / 60,
+            test=self._test(name, result, ours) if name in METHODS else None,
+        )
+
+    def _test(self, name: str, result: Result, ours: Result) -> PairedTest:
+        items = [base64.b64decode(each["items"]) for each in (ours, result)]
+        test = self._workshop.task.paired(*items)
+        return PairedTest(name, test.p_value, test.gained, test.lost)
+
+
+@dataclass(frozen=True)
+class PlainArtefact:
+    """Any causal language model of transformers, run by its own code, a sequence at a time."""
+
+    model: PreTrainedModel
+
+    def top1(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The likeliest next token at every position, [batch, tokens] for ids [batch, tokens]."""
+        return np.stack([self._logits(row).argmax(-1).cpu().numpy() for row in ids])
+
+    def likelihoods(self, encoded: Sequence[Encoded]) -> Likelihoods:
+        from compressor.evaluation.scorer import score_by_logits
+
+        return score_by_logits(encoded, lambda ids: self._logits(ids).float().cpu().numpy())
+
+    @torch.inference_mode()
+    def _logits(self, ids: NDArray[np.int64]) -> Tensor:
+        """Logits [T, vocabulary] of one sequence [T]."""
+        given = torch.from_numpy(np.asarray(ids, np.int64))[None].to(self.model.device)
+        logits: Tensor = self.model(input_ids=given, use_cache=False).logits[0]
+        return logits
+
+
+def _score(metrics: Mapping[str, float]) -> Score:
+    return Score(
+        metrics["accuracy"],
+        metrics["accuracy_low"],
+        metrics["accuracy_high"],
+        int(metrics["accuracy_items"]),
+    )
+
+
+def _beside(result: Result, figure: str) -> SideBySide | None:
+    if "speed" not in result:
+        return None
+    ratio = result["speed"]
+    return SideBySide(ratio[f"{figure}_ratio"], ratio[f"{figure}_ratio_interval"] / 2)

@@ -1,0 +1,69 @@
+"""A sub-network beside other ways to the same size: the same rows for the terminal and the page."""
+
+from __future__ import annotations
+
+from rich.markup import escape
+from rich.table import Table
+
+from compressor.report import wording
+from compressor.report.data import Comparison, SideBySide
+
+HEADERS = ("parameters", "of the whole", "untuned", "tuned", "95% interval", "TTFT", "TPOT", "tuning")
+NARROW = {"of the whole": "share", "95% interval": "95%\ninterval", "tuning": "tuning\n(minutes)"}
+"""Headers as a terminal has room for them."""
+
+
+def comparison_table(comparison: Comparison) -> Table:
+    """One row a way; below it what the paired tests say."""
+    table = Table(
+        title=escape(title(comparison)),
+        caption=escape("\n".join(remarks(comparison))),
+        title_justify="left",
+        caption_justify="left",
+    )
+    table.add_column("")
+    for header in HEADERS:
+        table.add_column(NARROW.get(header, header), justify="right")
+    for name, *cells in rows(comparison):
+        table.add_row(escape(name), *(cell.replace(" to ", "\nto ") for cell in cells))
+    return table
+
+
+def title(comparison: Comparison) -> str:
+    return f"{comparison.model} in {comparison.numerics}, {comparison.task} on unseen items"
+
+
+def rows(comparison: Comparison) -> list[tuple[str, ...]]:
+    """For each way its name, then a cell for each of ``HEADERS``."""
+    full = comparison.compared[0].parameters
+    return [
+        (
+            each.name,
+            f"{each.parameters / 1e6:,.1f}M",
+            wording.percent(each.parameters / full),
+            wording.score(each.untuned),
+            wording.score(each.score),
+            wording.interval(each.score),
+            *(_times(beside) for beside in (each.ttft, each.tpot)),
+            f"{each.tuned_minutes:.1f}" if each.tuned_minutes else wording.MISSING,
+        )
+        for each in comparison.compared
+    ]
+
+
+def remarks(comparison: Comparison) -> list[str]:
+    """What the paired tests say, and what the times are."""
+    tests = [
+        wording.paired_test(each.test, winner="the sub-network")
+        for each in comparison.compared
+        if each.test is not None
+    ]
+    return [
+        *(f"The sub-network: {test[0].lower()}{test[1:]}" for test in tests),
+        "TTFT and TPOT are over the unpruned model's, in PyTorch, measured in turns. Tuning is in minutes: "
+        "the sub-network's is that of the whole super-network.",
+    ]
+
+
+def _times(beside: SideBySide | None) -> str:
+    return "1" if beside is None else f"{beside.ratio:.2f}"
