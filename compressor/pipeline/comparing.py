@@ -20,7 +20,7 @@ from compressor.engines.paired import time_pair
 from compressor.engines.pytorch import TorchRunner
 from compressor.errors import InputError
 from compressor.evaluation.encoding import Encoded
-from compressor.events import Listener
+from compressor.events import Event, Listener, StageProgress
 from compressor.manifest import read_manifest
 from compressor.pipeline.base import compute_device, compute_dtype, load_to_compute
 from compressor.pipeline.candidates import known_outcomes
@@ -52,7 +52,7 @@ METHODS: Mapping[str, Prune] = {"LLM-Pruner": llm_pruner.prune, "SliceGPT": slic
 """In place, by calibration text, to so many parameters."""
 UNPRUNED, OURS = "unpruned", "sub-network"
 SPLIT = "report"
-SPEED_SECONDS = 30.0
+SPEED_SECONDS = 90.0
 """Longest time that a model and the unpruned one are measured in turns."""
 
 
@@ -99,8 +99,9 @@ class _Comparing:
         found = {UNPRUNED: self._once("unpruned", UNPRUNED, {}, self._score_unpruned)}
         found[OURS] = self._once(self._subnet.digest, OURS, weights, self._score_ours)
         for name, prune in METHODS.items():
-            stage = f"{name.lower()}-{self._size}"
-            found[name] = self._once(stage, name, self._rival_inputs(), partial(self._try, name, prune))
+            found[name] = self._once(
+                self._of_rival(name), name, self._rival_inputs(), partial(self._try, name, prune)
+            )
         shutil.rmtree(self._scratch, ignore_errors=True)
         numerics = str(compute_dtype(self._context)).removeprefix("torch.")
         model = Path(self._workshop.plan.source.name).name
@@ -114,7 +115,10 @@ class _Comparing:
             "task": self._workshop.task.key(SPLIT),
             "workload": self._context.request.profile.workload.model_dump(),
         }
-        return run_stage(self._context, f"compare-{stage}", f"Comparing: {name}", told, work)
+        return run_stage(self._context, _stage(stage), f"Comparing: {name}", told, work)
+
+    def _of_rival(self, name: str) -> str:
+        return f"{name.lower()}-{self._size}"
 
     def _rival_inputs(self) -> dict[str, Any]:
         request = self._context.request
@@ -172,7 +176,7 @@ class _Comparing:
             SearchSpace(shape, (shape.num_layers,), (shape.intermediate_size,)),
             examples,
             config,
-            context.listener,
+            partial(_tell, context.listener, _stage(self._of_rival(name))),
             folder=self._scratch / name.lower(),
             original=teacher,
         )
@@ -245,6 +249,15 @@ class PlainArtefact:
         given = torch.from_numpy(np.asarray(ids, np.int64))[None].to(self.model.device)
         logits: Tensor = self.model(input_ids=given, use_cache=False).logits[0]
         return logits
+
+
+def _stage(of: str) -> str:
+    return f"compare-{of}"
+
+
+def _tell(listener: Listener, stage: str, event: Event) -> None:
+    """Pass on what a tuning tells, as this stage's progress."""
+    listener(replace(event, stage=stage) if isinstance(event, StageProgress) else event)
 
 
 def _score(metrics: Mapping[str, float]) -> Score:

@@ -25,7 +25,7 @@ def comparison_table(comparison: Comparison) -> Table:
     for header in HEADERS:
         table.add_column(NARROW.get(header, header), justify="right")
     for name, *cells in rows(comparison):
-        table.add_row(escape(name), *(cell.replace(" to ", "\nto ") for cell in cells))
+        table.add_row(escape(name), *(cell.replace(" to ", "\nto ").replace(" ± ", "\n± ") for cell in cells))
     return table
 
 
@@ -66,4 +66,5 @@ def remarks(comparison: Comparison) -> list[str]:
 
 
 def _times(beside: SideBySide | None) -> str:
-    return "1" if beside is None else f"{beside.ratio:.2f}"
+    """The ratio and half its 95% interval."""
+    return "1" if beside is None else f"{beside.ratio:.2f} ± {beside.ratio * beside.half_interval:.2f}"

@@ -86,10 +86,20 @@ def test_the_principal_axes_lose_less_than_any_others(
     assert ours < lost(slice_model(copy.deepcopy(model), batches, wanted))
 
 
-def test_a_sliced_model_learns_from_the_whole_one_whose_head_is_another(batches: list[Tensor]) -> None:
+@pytest.mark.parametrize("rank", [0, 8])
+def test_a_sliced_model_learns_from_the_whole_one_whose_head_is_another(
+    rank: int, batches: list[Tensor]
+) -> None:
     model = make_model("qwen2")
     ids = torch.cat(batches)
-    config = FinetuneConfig(steps=12, batch=4, lr=3e-3, super_every=1)
+    config = FinetuneConfig(
+        steps=12,
+        batch=4,
+        lr=1e-2 if rank else 3e-3,
+        super_every=1,
+        lora_rank=rank,
+        gradient_checkpointing=rank > 0,
+    )
     teacher = replace(compute(model, ids, 4), head=model.lm_head.weight.detach().clone())
     slice_model(model, batches, int(0.8 * model.num_parameters()))
     shape = shape_of_config(model.config)
