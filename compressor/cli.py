@@ -105,7 +105,10 @@ def compress(
     ] = None,
     evaluations: Annotated[int | None, typer.Option(help="Sub-networks to evaluate and measure.")] = None,
     tuning_minutes: Annotated[float | None, typer.Option(help="Longest fine-tuning, minutes.")] = None,
-    tuning_steps: Annotated[int | None, typer.Option(help="Fine-tuning steps, at most.")] = None,
+    winner_minutes: Annotated[
+        float | None, typer.Option(help="Longest fine-tuning of the winner alone, minutes; 0: none.")
+    ] = None,
+    tuning_steps: Annotated[int | None, typer.Option(help="Steps of each fine-tuning, at most.")] = None,
     tuning_batch: Annotated[int | None, typer.Option(help="Sequences of a fine-tuning step.")] = None,
     tuning_recipe: Annotated[
         str, typer.Option(help="Networks of a step: alternate (one) [default] or sandwich (four).")

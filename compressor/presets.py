@@ -27,6 +27,8 @@ class Effort:
     """Tokens of each of those sequences."""
     bench_seconds: float
     """Longest time to measure one candidate during the search, seconds."""
+    winner_minutes: float = 0.0
+    """Longest time of the winner's own fine-tuning, minutes; 0 for none."""
 
     def __post_init__(self) -> None:
         """Make every number what it is after it was stored: 5 and 5.0 minutes would be two tunings."""
@@ -35,26 +37,30 @@ class Effort:
             object.__setattr__(self, field.name, kind(getattr(self, field.name)))
 
 
+MAY_BE_NONE = ("winner_minutes",)
+
 PRESETS = {
     "quick": Effort(
         evaluations=28,
-        tuning_minutes=5,
+        tuning_minutes=3,
         tuning_steps=480,
         tuning_batch=4,
         text_sequences=320,
         score_sequences=64,
         sequence_length=160,
         bench_seconds=2.0,
+        winner_minutes=5,
     ),
     "standard": Effort(
         evaluations=120,
-        tuning_minutes=60,
+        tuning_minutes=30,
         tuning_steps=4000,
         tuning_batch=8,
         text_sequences=2048,
         score_sequences=128,
         sequence_length=256,
         bench_seconds=4.0,
+        winner_minutes=30,
     ),
     "paper": Effort(
         evaluations=250,
@@ -65,6 +71,7 @@ PRESETS = {
         score_sequences=128,
         sequence_length=512,
         bench_seconds=10.0,
+        winner_minutes=60 * 24,
     ),
 }
 
@@ -75,6 +82,6 @@ def effort(preset: str, **overrides: float | None) -> Effort:
         raise InputError(f"unknown preset '{preset}': use one of {', '.join(PRESETS)}")
     given = {name: value for name, value in overrides.items() if value is not None}
     for name, value in given.items():
-        if value <= 0:
+        if value < 0 or (value == 0 and name not in MAY_BE_NONE):
             raise InputError(f"--{name.replace('_', '-')} must be above 0 (got {value})")
     return replace(PRESETS[preset], **given)  # type: ignore[arg-type]

@@ -5,6 +5,7 @@ stages/         one marker a finished stage, with the hash of its inputs
 base/           the unpruned model as a Hugging Face folder
 supernet/       the tuned super-network, neurons already sorted
 engine/         exports that candidates are slices of
+tuned/          the winner's weights after a fine-tuning of its own, and their export
 ledger.sqlite   every evaluation
 events.jsonl    what the run told the world, a line an event
 run.log         what a run in the background printed
@@ -21,6 +22,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,15 @@ from compressor.errors import InputError, RunConflictError
 RUN_FILE = "run.json"
 LOG_FILE = "run.log"
 FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Where weights lie: the ``supernet`` as a Hugging Face folder, and the ``export`` of it that candidates
+    are slices of."""
+
+    supernet: Path
+    export: Path
 
 
 class RunFolder:
@@ -42,6 +53,7 @@ class RunFolder:
         self.supernet = path / "supernet"
         self.checkpoints = path / "checkpoints"
         self.engine = path / "engine"
+        self.tuned = path / "tuned"
         self.ledger = path / "ledger.sqlite"
         self.front = path / "front.json"
         self.report = path / "report"
@@ -49,6 +61,20 @@ class RunFolder:
         self.comparisons = path / "comparisons"
         self.events = path / "events.jsonl"
         self.log = path / LOG_FILE
+
+    @property
+    def searched(self) -> Weights:
+        """What the search evaluates."""
+        return Weights(self.supernet, self.engine / "supernet")
+
+    def tuned_alone(self, digest: str) -> Weights:
+        """The super-network after further tuning of that sub-network alone, whose slice alone is of use."""
+        return Weights(self.tuned / digest / "supernet", self.tuned / digest / "export")
+
+    def weights_of(self, digest: str) -> Weights:
+        """The best that there are of a sub-network."""
+        tuned = self.tuned_alone(digest)
+        return tuned if tuned.supernet.is_dir() else self.searched
 
     @classmethod
     def create(cls, path: Path, request: Mapping[str, Any]) -> RunFolder:

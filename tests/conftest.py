@@ -36,7 +36,7 @@ width_fractions = [0.5, 0.75, 1.0]
 """
 SMALL_EFFORT = (
     *("--preset", "quick", "--tuning-steps", "4", "--text-sequences", "16", "--score-sequences", "8"),
-    *("--sequence-length", "32", "--bench-seconds", "0.05"),
+    *("--sequence-length", "32", "--bench-seconds", "0.05", "--winner-minutes", "0"),
 )
 """Flags of a run of seconds on a tiny model, for that profile."""
 CHAT_TEMPLATE = (

@@ -15,12 +15,15 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from compressor import models
+from compressor.engines.memory import served_memory
 from compressor.engines.onnx_exact import TARGET_NATS
 from compressor.environments import vllm_python
 from compressor.ledger import Ledger, Row
 from compressor.manifest import read_manifest
 from compressor.pipeline import proof
 from compressor.pipeline.run import package_pick
+from compressor.profile import load_profile
 from compressor.space import SubNetwork
 from tests.conftest import SMALL_EFFORT, TINY_PROFILE, make_tiny_model
 
@@ -106,6 +109,41 @@ def test_the_winner_is_measured_in_turns_with_the_unpruned_model(finished: Path)
         assert winner[f"{figure}_beside"]["ratio"] == ratios[f"{figure}_ratio"] > 0
     assert ratios["turns"] >= 4
     assert "In turns with the unpruned model" in (finished / "report" / "index.html").read_text()
+
+
+def test_the_winner_is_tuned_alone_once_and_all_that_leaves_the_run_has_its_weights(
+    finished: Path, home: Path, tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    data = json.loads((finished / "front.json").read_text())
+    third = sorted(data["candidates"], key=lambda c: c["weight_bytes"])[2]["subnet"]
+    profile = load_profile(str(home / "tiny.toml"))
+    shape = models.read_shape(models.resolve(str(tiny_model_folder)))
+    budget = served_memory(shape, SubNetwork.from_dict(third), profile).total / 2**30
+    run = home / "alone-tuned"
+    asked = command(home, tiny_model_folder, "alone-tuned", 4, "--memory-budget", str(1.03 * budget))
+    told = (
+        *("--winner-minutes", "1", "--tuning-minutes", "0.01", "--tuning-steps", "150"),
+        *("--tuning-lr", "2e-3", "--text-sequences", "200", "--score-sequences", "64"),
+    )
+    result = subprocess.run([*asked, *told], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    said = result.stdout + result.stderr
+    assert "Tuning the winner: done" in said
+    manifest, front = read_manifest(run / "package"), json.loads((run / "front.json").read_text())
+    subnet = SubNetwork.from_dict(manifest.architecture.model_dump())
+    tuned = run / "tuned" / subnet.digest / "supernet"
+    assert front["winner"]["as_found"]["value"] < front["winner"]["accuracy"]["value"]
+    assert front["loss_curves"]["winner sub"][0][0] == 1
+    assert "before a fine-tuning of its own" in (run / "report" / "index.html").read_text()
+    done = compress("export", str(run), "--format", "hf", "--out", str(tmp_path / "hf"))
+    assert done.returncode == 0, done.stderr
+    theirs, ours = (load_file(folder / "model.safetensors") for folder in (tuned, tmp_path / "hf"))
+    name = "model.layers.0.self_attn.o_proj.weight"
+    assert (theirs[name.replace("0", str(subnet.layers[0]), 1)] == ours[name]).all()
+    again = subprocess.run([*asked, *told, "--resume"], capture_output=True, text=True, timeout=300)
+    assert again.returncode == 0, again.stderr
+    assert "Tuning the winner: already done" in again.stdout + again.stderr
+    assert read_manifest(run / "package").files == manifest.files
 
 
 def test_nothing_is_paid_for_twice_when_a_finished_run_goes_on(

@@ -20,26 +20,30 @@ from compressor.engines.paired import time_pair
 from compressor.engines.pytorch import TorchRunner
 from compressor.errors import InputError
 from compressor.evaluation.encoding import Encoded
-from compressor.events import Event, Listener, StageProgress
+from compressor.events import Listener
 from compressor.manifest import read_manifest
 from compressor.pipeline.base import compute_device, compute_dtype, load_to_compute
 from compressor.pipeline.candidates import known_outcomes
 from compressor.pipeline.context import Result, run_stage
 from compressor.pipeline.report_data import save_comparison
-from compressor.pipeline.run import Workshop, picked, reopened, write_report
+from compressor.pipeline.run import Workshop, picked, reopened, tuned_weights, write_report
 from compressor.pipeline.tuning import (
     NEURON_SEQUENCES,
     batches,
+    told_as,
     training_examples,
     training_text,
+    tuned_stage,
     tuning_config,
+    tuning_inputs,
 )
 from compressor.report.data import Compared, Comparison, PairedTest, Score, SideBySide
+from compressor.runfolder import Weights
 from compressor.space import SearchSpace, SubNetwork, parameter_count
 from compressor.supernet.elastic import Elastic
 from compressor.supernet.extraction import extract
 from compressor.supernet.finetune import finetune
-from compressor.supernet.folder import load_supernet
+from compressor.supernet.folder import load_supernet, read_info
 from compressor.supernet.targets import Targets, compute
 
 if TYPE_CHECKING:
@@ -58,8 +62,8 @@ SPEED_SECONDS = 90.0
 
 def compare(run: Path, pick: str, minutes: float | None, listener: Listener) -> Comparison:
     """Prune the unpruned model of a finished run by other methods to the parameters of its winner, or of
-    another ``pick``; tune each on what the run tuned its super-network on, as long or for ``minutes``; score
-    all, unquantized, on the items that the search never saw.
+    another ``pick``; tune each on what the run tuned on, as long as it tuned its super-network and then the
+    winner, or for ``minutes``; score all, unquantized, on the items that the search never saw.
 
     What is finished is kept in the run's folder, and the result shown in its report. Raises ``InputError``.
     """
@@ -91,13 +95,17 @@ class _Comparing:
 
     def __init__(self, workshop: Workshop, subnet: SubNetwork, minutes: float | None) -> None:
         self._workshop, self._context, self._subnet = workshop, workshop.context, subnet
-        self._minutes = minutes or self._context.request.effort.tuning_minutes
+        effort = self._context.request.effort
+        self._minutes = minutes or effort.tuning_minutes + effort.winner_minutes
+        self._steps = effort.tuning_steps * (2 if effort.winner_minutes else 1)
         self._scratch = self._context.folder.path / "comparing"
 
     def compare(self) -> Comparison:
-        weights = {"weights": self._workshop.info.weights_hash, "subnet": self._subnet.digest}
+        if self._context.request.effort.winner_minutes:
+            tuned_weights(self._workshop, self._subnet)
+        weights = read_info(self._context.folder.weights_of(self._subnet.digest).supernet).weights_hash
         found = {UNPRUNED: self._once("unpruned", UNPRUNED, {}, self._score_unpruned)}
-        found[OURS] = self._once(self._subnet.digest, OURS, weights, self._score_ours)
+        found[OURS] = self._once(self._subnet.digest, OURS, {"weights": weights}, self._score_ours)
         for name, prune in METHODS.items():
             found[name] = self._once(
                 self._of_rival(name), name, self._rival_inputs(), partial(self._try, name, prune)
@@ -121,16 +129,7 @@ class _Comparing:
         return f"{name.lower()}-{self._size}"
 
     def _rival_inputs(self) -> dict[str, Any]:
-        request = self._context.request
-        return {
-            "parameters": self._size,
-            "minutes": self._minutes,
-            "effort": [request.effort.tuning_steps, request.effort.tuning_batch],
-            "train_data": request.train_data,
-            "tuning": request.tuning.told,
-            "lora_rank": request.lora_rank,
-            "seed": request.seed,
-        }
+        return {"parameters": self._size, "minutes": self._minutes, **tuning_inputs(self._context)}
 
     @property
     def _size(self) -> int:
@@ -142,25 +141,36 @@ class _Comparing:
 
     def _score_ours(self) -> Result:
         context = self._context
-        whole, _, _ = load_supernet(context.folder.supernet, compute_dtype(context))
-        model = extract(whole, replace(self._subnet, bits=()))
-        del whole
-        model.to(compute_device())
+        found, tuned = context.folder.searched, context.folder.weights_of(self._subnet.digest)
+        seconds = float(context.folder.result("supernet")["seconds"])
+        result: Result = {}
+        if tuned != found:
+            result["untuned"] = self._scored(self._extracted(found))["score"]
+            seconds += float(context.folder.result(tuned_stage(self._subnet))["seconds"])
+        model = self._extracted(tuned)
         return {
+            **result,
             "parameters": model.num_parameters(),
             **self._scored(model),
             "speed": self._speed(model),
-            "seconds": float(context.folder.result("supernet")["seconds"]),
+            "seconds": seconds,
         }
+
+    def _extracted(self, weights: Weights) -> PreTrainedModel:
+        """The sub-network by itself, where this run computes; its weights are not rounded."""
+        whole, _, _ = load_supernet(weights.supernet, compute_dtype(self._context))
+        model = extract(whole, replace(self._subnet, bits=()))
+        return model.to(compute_device())
 
     def _try(self, name: str, prune: Prune) -> Result:
         """Prune, score, tune, score again."""
         context = self._context
         loaded = load_to_compute(context)
-        examples = training_examples(context, loaded)
+        examples = training_examples(context, loaded.tokenizer)
         config = replace(
             tuning_config(context, examples),
             minutes=self._minutes,
+            steps=self._steps,
             recipe="alternate",
             super_every=1,  # there is but one network
             teacher="original",
@@ -176,7 +186,7 @@ class _Comparing:
             SearchSpace(shape, (shape.num_layers,), (shape.intermediate_size,)),
             examples,
             config,
-            partial(_tell, context.listener, _stage(self._of_rival(name))),
+            partial(told_as, context.listener, _stage(self._of_rival(name))),
             folder=self._scratch / name.lower(),
             original=teacher,
         )
@@ -253,11 +263,6 @@ class PlainArtefact:
 
 def _stage(of: str) -> str:
     return f"compare-{of}"
-
-
-def _tell(listener: Listener, stage: str, event: Event) -> None:
-    """Pass on what a tuning tells, as this stage's progress."""
-    listener(replace(event, stage=stage) if isinstance(event, StageProgress) else event)
 
 
 def _score(metrics: Mapping[str, float]) -> Score:

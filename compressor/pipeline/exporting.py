@@ -143,7 +143,7 @@ def _of_run(folder: RunFolder, subnet: SubNetwork) -> Origin:
         "license": model.license,
     }
     narrow = stored_request(folder).profile.device.kind == "cpu" and cpu.this_saturates()
-    return Origin(folder.supernet, subnet, fields, narrow)
+    return Origin(folder.weights_of(subnet.digest).supernet, subnet, fields, narrow)
 
 
 def _whole_model(folder: Path) -> Origin:

@@ -28,6 +28,8 @@ FROZEN_BYTES_PER_PARAMETER = 4
 """Weights beside which adapters are tuned, in fp32 where the machine multiplies that fastest."""
 EXPORT_BYTES_PER_PARAMETER = 6
 """Disk of base and super-network folders in bf16 and of the block-quantized exports."""
+TUNED_BYTES_PER_PARAMETER = 4
+"""Disk of the super-network again, tuned for the winner, and of its export."""
 PEAK_SHARE = {"sampling": 0.1, "training": 0.4, "scoring": 0.5}
 """Share of the machine's matrix peak that each kind of work reaches."""
 
@@ -70,7 +72,8 @@ def make_plan(request: RunRequest, machine: Machine, parent: Path = Path()) -> P
     smallest = served_memory(shape, space.smallest, profile)
     check_memory_budget(profile, smallest)
     peak = tuning_memory_bytes(request, shape)
-    disk = parameter_count(shape, space.full) * EXPORT_BYTES_PER_PARAMETER
+    tuned = TUNED_BYTES_PER_PARAMETER if request.effort.winner_minutes else 0
+    disk = parameter_count(shape, space.full) * (EXPORT_BYTES_PER_PARAMETER + tuned)
     check_disk(parent, disk)
     return Plan(
         source=source,
@@ -173,14 +176,14 @@ def estimate_seconds(
     step = 4 * effort.sequence_length * 4 * forward
     scored = effort.score_sequences // 2 * effort.sequence_length
     export = 3 * (5 + forward / 2 / 10e6)
+    tuning = effort.tuning_steps * step / (flops * PEAK_SHARE["training"])
     return {
         "text": sampled * forward / (flops * PEAK_SHARE["sampling"]),
-        "supernet": min(
-            effort.tuning_minutes * 60, effort.tuning_steps * step / (flops * PEAK_SHARE["training"])
-        ),
+        "supernet": min(effort.tuning_minutes * 60, tuning),
         "export": export,
         "search": effort.evaluations
         * (1.0 + effort.bench_seconds + scored * forward / (flops * PEAK_SHARE["scoring"])),
+        "winner": min(effort.winner_minutes * 60, tuning),
         "package": 15 + export / 3,
     }
 

@@ -20,7 +20,7 @@ from compressor.pipeline.context import Context, Result, run_stage
 from compressor.pipeline.plan import Plan, learns_rounded
 from compressor.pipeline.tuning import training_targets, training_text_file, tune_supernet
 from compressor.runfolder import replace_folder
-from compressor.space import SearchSpace
+from compressor.space import SearchSpace, SubNetwork
 from compressor.supernet.folder import SupernetInfo, read_info, weights_hash
 from compressor.supernet.sampling import sample_text
 
@@ -109,22 +109,38 @@ def _text_stage(context: Context, base: Result) -> Result:
     return run_stage(context, "text", "Writing text with the unpruned model", inputs, work, total, "tokens")
 
 
+def export_tuned(context: Context, space: SearchSpace, subnet: SubNetwork) -> None:
+    """Quantize what a sub-network's own tuning wrote, for its candidate alone."""
+    bits = _exported_bits(context, space)
+    tuned = context.folder.tuned_alone(subnet.digest)
+
+    def work() -> Result:
+        shutil.rmtree(tuned.export, ignore_errors=True)
+        widths = tuple(sorted({*subnet.widths}))
+        export(tuned.supernet, tuned.export, bits, context.listener).prepare(widths)
+        return {}
+
+    inputs = {"weights": read_info(tuned.supernet).weights_hash, "bits": list(bits)}
+    run_stage(context, f"export-{subnet.digest}", "Quantizing the tuned winner", inputs, work)
+
+
 def _export_stage(context: Context, info: SupernetInfo, space: SearchSpace) -> None:
-    bits = tuple(sorted({*space.bits, context.request.profile.outer_bits}))
+    bits = _exported_bits(context, space)
     inputs = {"supernet": info.weights_hash, "bits": list(bits), "widths": list(space.widths)}
+    searched = context.folder.searched
 
     def work() -> Result:
         shutil.rmtree(context.folder.engine, ignore_errors=True)
-        made = export(context.folder.supernet, supernet_export(context), bits, context.listener)
-        made.prepare(space.widths)
+        export(searched.supernet, searched.export, bits, context.listener).prepare(space.widths)
         export(context.folder.base, base_export(context), BASE_BITS, context.listener)
         return {}
 
     run_stage(context, "export", "Quantizing for ONNX Runtime", inputs, work)
 
 
-def supernet_export(context: Context) -> Path:
-    return context.folder.engine / "supernet"
+def _exported_bits(context: Context, space: SearchSpace) -> tuple[int, ...]:
+    """In what bits the profile's candidates need weights."""
+    return tuple(sorted({*space.bits, context.request.profile.outer_bits}))
 
 
 def base_export(context: Context) -> Path:

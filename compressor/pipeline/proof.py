@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import cast
 
 import numpy as np
@@ -20,8 +21,10 @@ PROOF = "proof"
 PROOF_TOKENS = 128
 
 
-def prove(context: Context, terms: Terms, engine: OnnxRuntimeEngine, subnet: SubNetwork) -> Exactness:
-    """How exactly the sub-network must be computed, compared with PyTorch on text of the unpruned model.
+def prove(
+    context: Context, terms: Terms, engine: OnnxRuntimeEngine, subnet: SubNetwork, supernet: Path
+) -> Exactness:
+    """How exactly the sub-network must be computed, compared with PyTorch's on text of the unpruned model.
 
     Paid for once. Warns where an 8-bit artefact stays beyond ``TARGET_NATS``; raises ``PackageError`` where
     it is so far off that it must be wrong.
@@ -29,7 +32,7 @@ def prove(context: Context, terms: Terms, engine: OnnxRuntimeEngine, subnet: Sub
     key = Key(subnet.digest, terms.weights, PROOF, terms.numerics, engine=terms.engine)
     row = context.ledger.get(key)
     if row is None:
-        exactness = _choose(context, terms, engine, subnet)
+        exactness = _choose(context, terms, engine, subnet, supernet)
         row = context.ledger.put(
             Row(
                 key,
@@ -48,11 +51,13 @@ def prove(context: Context, terms: Terms, engine: OnnxRuntimeEngine, subnet: Sub
     return exactness
 
 
-def _choose(context: Context, terms: Terms, engine: OnnxRuntimeEngine, subnet: SubNetwork) -> Exactness:
+def _choose(
+    context: Context, terms: Terms, engine: OnnxRuntimeEngine, subnet: SubNetwork, supernet: Path
+) -> Exactness:
     from compressor.evaluation.agreement import AgreementText
 
     ids = AgreementText.load(context.folder.text).ids[0, :PROOF_TOKENS].astype(np.int64)
-    expected = streamed_logits(context.folder.supernet, subnet, ids)
+    expected = streamed_logits(supernet, subnet, ids)
 
     def divergence(fine_inputs: Sequence[str]) -> float:
         candidate = engine.build(subnet, terms.numerics, fine_inputs)

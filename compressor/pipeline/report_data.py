@@ -24,7 +24,7 @@ from compressor.search.problem import Outcome, Problem
 from compressor.space import Numerics, SubNetwork, parameter_count
 
 REFERENCE_NAMES = {"bf16": "unpruned, bf16", "int8": "unpruned, INT8", "int4": "unpruned, INT4"}
-CURVES = ("super", "sub", "held-out")
+CURVES = ("super", "sub", "held-out", "winner sub", "winner held-out")
 _COMPARISON = TypeAdapter(report.Comparison)
 
 
@@ -148,6 +148,7 @@ def _winner(
         tests=_paired_tests(task, references, finalist),
         ttft_beside=_beside(finalist.speed, "ttft"),
         tpot_beside=_beside(finalist.speed, "tpot"),
+        as_found=_row_score(finalist.as_found),
     )
 
 

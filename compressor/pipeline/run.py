@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
@@ -32,18 +34,19 @@ from compressor.pipeline.candidates import Evaluator, Terms, known_outcomes
 from compressor.pipeline.context import Context, Result, logged, run_stage
 from compressor.pipeline.deliver import package
 from compressor.pipeline.plan import Plan, make_plan
-from compressor.pipeline.prepare import prepare
+from compressor.pipeline.prepare import export_tuned, prepare
 from compressor.pipeline.racing import rivals
 from compressor.pipeline.references import ReferenceSet
 from compressor.pipeline.report_data import collect, known_comparisons
 from compressor.pipeline.searching import make_problem, search
 from compressor.pipeline.targets import Target, check_target, make_target
+from compressor.pipeline.tuning import tune_alone, tuned_stage, tuning_inputs
 from compressor.pipeline.verdict import Verdict
 from compressor.pipeline.winner import FINAL_SECONDS_FACTOR, Finalist, decide, finish
 from compressor.report.data import ReportData
 from compressor.report.html import report as write_page
 from compressor.request import RunRequest, stored_request
-from compressor.runfolder import RunFolder, write_json
+from compressor.runfolder import RunFolder, Weights, write_json
 from compressor.search.front import pareto_front
 from compressor.search.problem import Outcome, Problem
 from compressor.space import Numerics, SearchSpace, SubNetwork
@@ -54,18 +57,26 @@ from compressor.supernet.folder import SupernetInfo, load_supernet, read_info
 class Workshop:
     """What evaluating in this run needs, loaded when first used."""
 
-    def __init__(self, context: Context, plan: Plan, info: SupernetInfo, space: SearchSpace) -> None:
+    def __init__(
+        self,
+        context: Context,
+        plan: Plan,
+        info: SupernetInfo,
+        space: SearchSpace,
+        weights: Weights | None = None,
+    ) -> None:
         self.context = context
         self.plan = plan
         self.info = info
         self.space = space
+        self.weights = weights or context.folder.searched
         self.text = AgreementText.load(context.folder.text)
 
     @cached_property
     def supernet(self) -> Elastic:
         """What sub-networks are scored in: with its weights as they are, or rounded where that sets them
         apart, as 4 bits do and 8 don't."""
-        model, _, _ = load_supernet(self.context.folder.supernet, compute_dtype(self.context))
+        model, _, _ = load_supernet(self.weights.supernet, compute_dtype(self.context))
         model.to(compute_device())
         if not self._rounds:
             return Elastic(model)
@@ -94,7 +105,7 @@ class Workshop:
 
     @cached_property
     def target(self) -> Target:
-        return make_target(self.context, self.space.full)
+        return make_target(self.context, self.space.full, self.weights)
 
     @cached_property
     def task(self) -> AccuracyTask:
@@ -131,6 +142,19 @@ class Workshop:
         base = str(self.context.folder.result("base")["weights"])
         whole = SubNetwork(self.space.full.layers, self.space.full.widths)
         return ReferenceSet(self.context, self.target, self.task, whole, base, seconds)
+
+    def put_away(self) -> None:
+        """Free the memory that scoring and measuring hold; what they need is loaded again when asked for."""
+        self.__dict__.pop("supernet", None)
+        self.__dict__.pop("shared", None)
+        self.close()
+        gc.collect()
+
+    def of(self, weights: Weights) -> Workshop:
+        """The same with other weights of the super-network; its task is not tokenized again."""
+        other = Workshop(self.context, self.plan, read_info(weights.supernet), self.space, weights)
+        other.task = self.task
+        return other
 
     def close(self) -> None:
         self.target.close()
@@ -221,7 +245,9 @@ def _package(workshop: Workshop, outcomes: list[Outcome]) -> Finalist:
     context, plan = workshop.context, workshop.plan
     context.listener(StageStarted("package", "Packaging the winner"))
     began = time.monotonic()
-    finalist, _ = decide(context, workshop.terms, workshop.target, workshop.task, outcomes)
+    finalist, choice = decide(context, workshop.terms, workshop.target, workshop.task, outcomes)
+    if choice.winner is not None and context.request.effort.winner_minutes:
+        workshop, finalist = _tuned_alone(workshop, finalist)
     inputs = {"subnet": finalist.subnet.digest, "terms": workshop.terms.to_dict()}
     current = context.folder.is_done("package", inputs) and context.folder.package.is_dir()
     if not current:
@@ -231,6 +257,50 @@ def _package(workshop: Workshop, outcomes: list[Outcome]) -> Finalist:
         context.folder.mark_done("package", inputs, {"divergence_nats": finalist.divergence_nats})
     context.listener(StageFinished("package", time.monotonic() - began, skipped=current))
     return finalist
+
+
+def _tuned_alone(workshop: Workshop, finalist: Finalist) -> tuple[Workshop, Finalist]:
+    """The finalist after a fine-tuning of its own, where that makes it more accurate on the search's items
+    and leaves it within the budgets; with the workshop of its weights."""
+    context, subnet = workshop.context, finalist.subnet
+    weights = tuned_weights(workshop, subnet)
+    if weights is None:
+        return workshop, finalist
+    if context.request.profile.engine == "onnxruntime":
+        export_tuned(context, workshop.space, subnet)
+    own = workshop.of(weights)
+    with closing(own):
+        again = finish(context, own.terms, own.target, own.task, finalist.outcome, finalist)
+    before, after = _accuracy(finalist), _accuracy(again)
+    if again.within_budgets and after > before:
+        context.say(f"tuned alone, the winner goes from {before:.1%} to {after:.1%} on the search's items")
+        return own, replace(again, as_found=finalist.report_score)
+    context.say("tuned alone, the winner is no better: it is packaged as it was found")
+    shutil.rmtree(weights.supernet.parent, ignore_errors=True)
+    return workshop, finalist
+
+
+def tuned_weights(workshop: Workshop, subnet: SubNetwork) -> Weights | None:
+    """A sub-network's weights after a fine-tuning of its own, done now unless it was; None where it was seen
+    to bring nothing."""
+    context = workshop.context
+    minutes = context.request.effort.winner_minutes
+    workshop.put_away()
+    run_stage(
+        context,
+        tuned_stage(subnet),
+        "Tuning the winner",
+        {"weights": workshop.info.weights_hash, "minutes": minutes, "tuning": tuning_inputs(context)},
+        lambda: tune_alone(context, workshop.plan, subnet, minutes),
+        context.request.effort.tuning_steps,
+    )
+    weights = context.folder.tuned_alone(subnet.digest)
+    return weights if weights.supernet.is_dir() else None
+
+
+def _accuracy(finalist: Finalist) -> float:
+    """On the items of the search, for what is chosen by the others would not be unseen any more."""
+    return float(finalist.search_score.metrics["accuracy"])
 
 
 def _report(context: Context, verdict: Verdict) -> None:
@@ -274,8 +344,10 @@ def package_pick(path: Path, pick: str, out: Path | None, listener: Listener) ->
     with reopened(path, listener) as workshop:
         context = workshop.context
         outcome = picked(workshop.problem, known_outcomes(context.ledger, workshop.terms), pick)
-        finalist = finish(context, workshop.terms, workshop.target, workshop.task, outcome)
-        package(context, workshop.plan, workshop.target, workshop.task, finalist, target)
+        best = workshop.of(context.folder.weights_of(outcome.subnet.digest))
+        with closing(best):
+            finalist = finish(context, best.terms, best.target, best.task, outcome)
+            package(context, best.plan, best.target, best.task, finalist, target)
         for line in verify_package(target):
             context.say(line)
     return target

@@ -23,9 +23,10 @@ from compressor.measurement import Measurement
 from compressor.pipeline.artefacts import Artefact, OnnxArtefact, VllmArtefact
 from compressor.pipeline.candidates import Terms
 from compressor.pipeline.context import Context
-from compressor.pipeline.prepare import base_export, supernet_export
+from compressor.pipeline.prepare import base_export
 from compressor.pipeline.proof import prove
 from compressor.request import RunRequest
+from compressor.runfolder import Weights
 from compressor.space import Numerics, SubNetwork
 
 
@@ -76,11 +77,12 @@ class Target(Protocol):
     def close(self) -> None: ...
 
 
-def make_target(context: Context, largest: SubNetwork) -> Target:
-    """The profile's engine; ``largest`` is the super-network, beside which others may be measured."""
+def make_target(context: Context, largest: SubNetwork, weights: Weights) -> Target:
+    """The profile's engine with these weights; ``largest`` is the super-network, beside which others may be
+    measured."""
     if context.request.profile.engine == "vllm":
-        return VllmTarget(context)
-    return OnnxTarget(context, largest)
+        return VllmTarget(context, weights)
+    return OnnxTarget(context, largest, weights)
 
 
 def check_target(request: RunRequest) -> None:
@@ -109,13 +111,13 @@ class OnnxTarget:
     reference_numerics: tuple[Numerics, ...] = ("int8", "int4")
     measures_bf16 = False
 
-    def __init__(self, context: Context, largest: SubNetwork) -> None:
-        self._context, self._largest = context, largest
+    def __init__(self, context: Context, largest: SubNetwork, weights: Weights) -> None:
+        self._context, self._largest, self._weights = context, largest, weights
         self._profile = context.request.profile
 
     @cached_property
     def engine(self) -> OnnxRuntimeEngine:
-        return OnnxRuntimeEngine(supernet_export(self._context), self._context.request.threads)
+        return OnnxRuntimeEngine(self._weights.export, self._context.request.threads)
 
     @cached_property
     def _base(self) -> OnnxRuntimeEngine:
@@ -160,7 +162,7 @@ class OnnxTarget:
         return self.engine.ratio(finalist, unpruned, workload, max_seconds=seconds).to_dict()
 
     def prove(self, terms: Terms, subnet: SubNetwork) -> Exactness | None:
-        return prove(self._context, terms, self.engine, subnet)
+        return prove(self._context, terms, self.engine, subnet, self._weights.supernet)
 
     @contextmanager
     def artefact(self, subnet: SubNetwork, exactness: Exactness | None) -> Iterator[Artefact]:
@@ -206,8 +208,8 @@ class VllmTarget:
     reference_numerics: tuple[Numerics, ...] = ("int8",)
     measures_bf16 = True
 
-    def __init__(self, context: Context) -> None:
-        self._context = context
+    def __init__(self, context: Context, weights: Weights) -> None:
+        self._context, self._supernet = context, weights.supernet
         self._profile = context.request.profile
 
     @cached_property
@@ -223,13 +225,13 @@ class VllmTarget:
 
     def bench(self, subnet: SubNetwork) -> Measurement:
         seconds = self._context.request.effort.bench_seconds
-        return self._bench(self._context.folder.supernet, subnet, "int8", seconds)
+        return self._bench(self._supernet, subnet, "int8", seconds)
 
     def bench_longer(self, subnet: SubNetwork, exactness: Exactness | None, seconds: float) -> Measurement:
         """By a vLLM that has just started: what one leaves behind would count into the next one's memory."""
         del exactness
         self.close()
-        return self._bench(self._context.folder.supernet, subnet, "int8", seconds)
+        return self._bench(self._supernet, subnet, "int8", seconds)
 
     def bench_unpruned(self, subnet: SubNetwork, numerics: Numerics, seconds: float) -> Measurement:
         return self._bench(self._context.folder.base, subnet, numerics, seconds)
@@ -247,7 +249,7 @@ class VllmTarget:
 
     def artefact(self, subnet: SubNetwork, exactness: Exactness | None) -> AbstractContextManager[Artefact]:
         del exactness
-        return self._written(self._context.folder.supernet, subnet)
+        return self._written(self._supernet, subnet)
 
     def unpruned_artefact(self, subnet: SubNetwork, numerics: Numerics) -> AbstractContextManager[Artefact]:
         del numerics
@@ -257,9 +259,7 @@ class VllmTarget:
         self, subnet: SubNetwork, folder: Path, fields: Mapping[str, Any], exactness: Exactness | None
     ) -> None:
         del exactness
-        vllm_package.write_package(
-            self._context.folder.supernet, subnet, folder, fields, narrow=self._context.narrow
-        )
+        vllm_package.write_package(self._supernet, subnet, folder, fields, narrow=self._context.narrow)
 
     def close(self) -> None:
         """End the vLLM that measures: it holds memory."""

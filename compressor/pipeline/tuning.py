@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from compressor.engines.memory import served_memory
 from compressor.engines.rounding import rounded
+from compressor.events import Event, Listener, StageProgress
 from compressor.models import LoadedModel
-from compressor.pipeline.base import load_to_compute
+from compressor.pipeline.base import compute_device, compute_dtype, load_to_compute
 from compressor.pipeline.context import Context, Result
 from compressor.pipeline.plan import Plan, learns_rounded
 from compressor.runfolder import replace_folder
+from compressor.space import SubNetwork
 from compressor.supernet.config import SUPER_EVERY_WITH_LABELS
 from compressor.supernet.data import Examples, load_training_data
 from compressor.supernet.elastic import Elastic
 from compressor.supernet.finetune import FinetuneConfig, discard_checkpoint, finetune
-from compressor.supernet.folder import read_info, save_supernet
+from compressor.supernet.folder import load_supernet, read_info, save_supernet
 from compressor.supernet.importance import Importance, rank, sort_neurons
 from compressor.supernet.served import Served
-from compressor.supernet.targets import Targets
+from compressor.supernet.targets import Targets, compute
 
 NEURON_SEQUENCES = 32
 LAYER_SEQUENCES = 8
@@ -43,7 +49,7 @@ def tune_supernet(context: Context, plan: Plan) -> Result:
     importance = _rank(loaded, text, plan)
     sort_neurons(loaded.model, importance)
     space = replace(plan.space, drop_order=importance.drop_order)
-    examples = training_examples(context, loaded)
+    examples = training_examples(context, loaded.tokenizer)
     known = context.request.data_free and context.request.keeps_teacher
     result = finetune(
         Elastic(loaded.model),
@@ -70,8 +76,70 @@ def tune_supernet(context: Context, plan: Plan) -> Result:
 
     replace_folder(context.folder.supernet, save)
     discard_checkpoint(context.folder.checkpoints)
-    training_targets(context).unlink(missing_ok=True)
+    shutil.rmtree(context.folder.tuned, ignore_errors=True)  # of the super-network before this one
+    if not context.request.effort.winner_minutes:
+        training_targets(context).unlink(missing_ok=True)
     return {"weights": read_info(context.folder.supernet).weights_hash, **asdict(result)}
+
+
+def tune_alone(context: Context, plan: Plan, subnet: SubNetwork, minutes: float) -> Result:
+    """Tune one sub-network of the super-network alone, where no other's steps pull at its weights, and write
+    the result as ``tuned_alone`` names it."""
+    model, tokenizer, info = load_supernet(context.folder.supernet, compute_dtype(context))
+    model.to(compute_device())
+    space = replace(plan.space, drop_order=info.drop_order)
+    examples = training_examples(context, tokenizer)
+    config = replace(
+        tuning_config(context, examples), minutes=minutes, only=subnet, recipe="alternate", teacher="original"
+    )
+    checkpoints = context.folder.checkpoints / subnet.digest
+    stage = tuned_stage(subnet)
+    result = finetune(
+        Elastic(model),
+        space,
+        examples,
+        config,
+        partial(told_as, context.listener, stage),
+        lambda curve, step, loss: context.ledger.record_curve(f"winner {curve}", step, loss),
+        checkpoints,
+        _original(context, examples, config),
+        Served(
+            lambda one: float(served_memory(plan.shape, one, context.request.profile).total),
+            rounded if learns_rounded(context.request, space) else None,
+        ),
+    )
+
+    def save(path: Path) -> None:
+        path.mkdir(parents=True)
+        model.to("cpu", torch.bfloat16)
+        save_supernet(model, tokenizer, info.drop_order, info.ordering, path)
+
+    target = context.folder.tuned_alone(subnet.digest).supernet
+    target.parent.mkdir(parents=True, exist_ok=True)
+    replace_folder(target, save)
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    training_targets(context).unlink(missing_ok=True)
+    return {"weights": read_info(target).weights_hash, **asdict(result)}
+
+
+def tuned_stage(subnet: SubNetwork) -> str:
+    return f"tuned-{subnet.digest}"
+
+
+def told_as(listener: Listener, stage: str, event: Event) -> None:
+    """Pass on what a tuning tells, as another stage's progress."""
+    listener(replace(event, stage=stage) if isinstance(event, StageProgress) else event)
+
+
+def _original(context: Context, examples: Examples, config: FinetuneConfig) -> Targets | None:
+    """What the unpruned model says of the examples: kept since it wrote them, or asked now."""
+    if not config.distils:
+        return None
+    known = Targets.load(training_targets(context)) if context.request.data_free else None
+    if known is not None:
+        return known
+    context.say("asking the unpruned model about the training text")
+    return compute(load_to_compute(context).model, examples.ids, config.batch)
 
 
 def tuning_config(context: Context, examples: Examples) -> FinetuneConfig:
@@ -97,13 +165,25 @@ def tuning_config(context: Context, examples: Examples) -> FinetuneConfig:
     )
 
 
-def training_examples(context: Context, loaded: LoadedModel) -> Examples:
+def tuning_inputs(context: Context) -> dict[str, Any]:
+    """What of the request decides a tuning, beside weights, minutes and search space."""
+    request, effort = context.request, context.request.effort
+    return {
+        "effort": [effort.tuning_steps, effort.tuning_batch],
+        "train_data": request.train_data,
+        "tuning": request.tuning.told,
+        "lora_rank": request.lora_rank,
+        "seed": request.seed,
+    }
+
+
+def training_examples(context: Context, tokenizer: PreTrainedTokenizerBase) -> Examples:
     """What is learnt: text that the unpruned model wrote, or the user's rows; of these no more than are
     learnt where the unpruned model's view of each is kept."""
     request, effort = context.request, context.request.effort
     if request.data_free:
         return Examples.of_text(training_text(context))
-    rows = load_training_data(request.train_data, loaded.tokenizer, effort.sequence_length, context.listener)
+    rows = load_training_data(request.train_data, tokenizer, effort.sequence_length, context.listener)
     if not request.keeps_teacher:
         return rows
     wanted = effort.tuning_steps * effort.tuning_batch + MOST_HELD_OUT

@@ -35,6 +35,8 @@ class Finalist:
     search_score: Row
     within_budgets: bool
     exactness: Exactness | None
+    as_found: Row | None = None
+    """Its report score before a tuning of its own, if it had one."""
 
     @property
     def subnet(self) -> SubNetwork:
@@ -82,14 +84,25 @@ def _with_measured_memory(outcomes: Sequence[Outcome], terms: Terms, finalist: F
     return [raised(outcome) for outcome in outcomes]
 
 
-def finish(context: Context, terms: Terms, target: Target, task: AccuracyTask, outcome: Outcome) -> Finalist:
+def finish(
+    context: Context,
+    terms: Terms,
+    target: Target,
+    task: AccuracyTask,
+    outcome: Outcome,
+    like: Finalist | None = None,
+) -> Finalist:
     """The sub-network measured again, longer and in a process of its own, and scored as it ships.
 
-    It is proved first, for what makes it exact enough may cost speed.
+    It is proved first, for what makes it exact enough may cost speed. ``like`` is the same sub-network with
+    other weights: where it computes just so, its figures are this one's.
     """
     limits = budget_limits(context.request.profile)
     exactness = target.prove(terms, outcome.subnet)
-    speed = _measured_again(context, terms, target, outcome.subnet, exactness)
+    if like is not None and _fine(like.exactness) == _fine(exactness):
+        speed = like.speed
+    else:
+        speed = _measured_again(context, terms, target, outcome.subnet, exactness)
     memory = {"memory_bytes": float(speed.peak_memory_bytes)}
     again = replace(outcome, values={**outcome.values, **speed.metrics(), **memory})
     within = all(again.values[name] <= limit for name, limit in limits.items())
@@ -145,4 +158,8 @@ def _scored(
 
 def _shipped(terms: Terms, exactness: Exactness | None) -> str:
     """Numerics in the ledger of what ships, set apart from those of candidates where they differ."""
-    return f"{terms.numerics}+fine" if exactness and exactness.fine_inputs else terms.numerics
+    return f"{terms.numerics}+fine" if _fine(exactness) else terms.numerics
+
+
+def _fine(exactness: Exactness | None) -> tuple[str, ...]:
+    return exactness.fine_inputs if exactness else ()

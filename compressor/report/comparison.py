@@ -61,7 +61,7 @@ def remarks(comparison: Comparison) -> list[str]:
     return [
         *(f"The sub-network: {test[0].lower()}{test[1:]}" for test in tests),
         "TTFT and TPOT are over the unpruned model's, in PyTorch, measured in turns. Tuning is in minutes: "
-        "the sub-network's is that of the whole super-network.",
+        "the sub-network's is the super-network's and then its own.",
     ]
 
 

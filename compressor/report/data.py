@@ -86,7 +86,8 @@ class SideBySide:
 
 @dataclass(frozen=True)
 class Winner:
-    """The sub-network that was packaged. ``accuracy`` is the artefact's own, on the report split."""
+    """The packaged sub-network. ``accuracy`` is the artefact's own, on the report split; ``as_found``
+    the same before a fine-tuning of its own, if it had one."""
 
     subnet: SubNetwork
     weight_bytes: int
@@ -97,6 +98,7 @@ class Winner:
     tests: tuple[PairedTest, ...] = ()
     ttft_beside: SideBySide | None = None
     tpot_beside: SideBySide | None = None
+    as_found: Score | None = None
 
 
 @dataclass(frozen=True)

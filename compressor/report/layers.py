@@ -83,6 +83,8 @@ def loss_curves(data: ReportData) -> Figure:
         "super": ("front", "-", "super-network"),
         "sub": ("winner", "-", "random sub-network"),
         "held-out": ("reference", "--", "smallest sub-network, held-out rows"),
+        "winner sub": ("over", "-", "the winner alone, later"),
+        "winner held-out": ("over", "--", "the winner, held-out rows"),
     }
     for name, curve in data.loss_curves.items():
         colour, line, label = looks.get(name, ("reference", "--", name))

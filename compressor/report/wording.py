@@ -141,7 +141,14 @@ def _times(beside: SideBySide) -> str:
 
 def about_winner(winner: Winner) -> list[str]:
     """What its figures alone do not say: tests and measurements that pair it with the unpruned model."""
-    return [*map(paired_test, winner.tests), *beside_unpruned(winner)]
+    return [*tuned_alone(winner), *map(paired_test, winner.tests), *beside_unpruned(winner)]
+
+
+def tuned_alone(winner: Winner) -> list[str]:
+    """What the winner's own fine-tuning brought."""
+    if winner.as_found is None:
+        return []
+    return [f"As the search found it, before a fine-tuning of its own, it had {score(winner.as_found)}."]
 
 
 def numerics(name: str, subnet: SubNetwork) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from compressor.errors import InputError
-from compressor.space import ModelShape
+from compressor.space import ModelShape, SubNetwork
 from compressor.supernet.subnet_sampling import Recipe, Sampling
 
 Loss = Literal["distill", "cross-entropy", "both"]
@@ -31,6 +31,7 @@ class FinetuneConfig:
     ``batch`` examples a step go through the model in ``accumulation`` parts. The last
     ``held_out`` examples are not trained on: every ``check_every`` steps the smallest sub-network's loss
     on them is taken, and ``patience`` checks without a new best end the tuning.
+    ``only`` is the one sub-network that every step takes, instead of the recipe's.
     ``lora_rank`` above 0 tunes adapters of that rank and leaves all weights frozen until they are merged;
     ``lora_alpha`` is their scale times the rank, twice the rank unless given.
     """
@@ -49,6 +50,7 @@ class FinetuneConfig:
     super_every: int = 8
     sampling: Sampling = "small"
     budget: float | None = None
+    only: SubNetwork | None = None
     warmup: float = 0.1
     weight_decay: float = 0.0
     max_norm: float = 1.0

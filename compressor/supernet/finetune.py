@@ -39,7 +39,7 @@ from compressor.supernet.optimizer import MasterAdamW, warmup_cosine
 from compressor.supernet.processes import Processes, join_processes
 from compressor.supernet.served import Served
 from compressor.supernet.sharding import sharded
-from compressor.supernet.subnet_sampling import networks_of_step
+from compressor.supernet.subnet_sampling import Network, networks_of_step
 from compressor.supernet.targets import Targets
 from compressor.supernet.trained import trained_parameters
 
@@ -169,7 +169,7 @@ class _Tuning:
         if self.config.held_out and self.step % self.config.check_every == 0:
             rows = list(range(len(self.examples.ids)))[-self.config.held_out :]
             self.model.eval()
-            self.checks.append(self.objective.evaluate(self.space.smallest, rows))
+            self.checks.append(self.objective.evaluate(self.config.only or self.space.smallest, rows))
             self.model.train()
             on_curve("held-out", self.step, self.checks[-1])
 
@@ -182,17 +182,7 @@ class _Tuning:
     def _take_step(self) -> dict[str, float]:
         """One batch through the step's networks; the loss of each kind."""
         config = self.config
-        networks = networks_of_step(
-            self.space,
-            config.recipe,
-            config.super_every,
-            config.sampling,
-            self.step,
-            self.rng,
-            config.budget,
-            self.served.size,
-        )
-        losses = self.objective.losses(networks, self._next_rows())
+        losses = self.objective.losses(self._networks(), self._next_rows())
         if not self.processes.sharded:
             self.processes.add_up(p.grad for p in self.trained if p.grad is not None)
         lr = config.lr * warmup_cosine(self._progress(), config.warmup)
@@ -204,6 +194,21 @@ class _Tuning:
                 "lower the learning rate; the weights before that step are kept"
             )
         return losses
+
+    def _networks(self) -> list[Network]:
+        config = self.config
+        if config.only is not None:
+            return [("sub", config.only)]
+        return networks_of_step(
+            self.space,
+            config.recipe,
+            config.super_every,
+            config.sampling,
+            self.step,
+            self.rng,
+            config.budget,
+            self.served.size,
+        )
 
     def _next_rows(self) -> list[int]:
         """Indices of the next batch; every example with something to learn once before any comes again."""

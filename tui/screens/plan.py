@@ -33,6 +33,7 @@ STAGE_NAMES = {
     "supernet": "tune",
     "export": "export",
     "search": "search",
+    "winner": "tune the winner",
     "package": "package",
 }
 
