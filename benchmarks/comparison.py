@@ -74,7 +74,7 @@ def _compress(run: Path, steps: int, evaluations: int) -> None:
     profile = run.with_name(f"{run.name}.toml")
     profile.parent.mkdir(parents=True, exist_ok=True)
     profile.write_text(PROFILE, encoding="utf-8")
-    effort = {"tuning-steps": steps, "tuning-minutes": 600, "evaluations": evaluations}
+    effort = {"tuning-steps": steps, "tuning-minutes": 600, "winner-minutes": 600, "evaluations": evaluations}
     flags = [word for name, value in effort.items() for word in (f"--{name}", str(value))]
     asked = ["--model", "starter", "--profile", str(profile), "--preset", "quick", "--run", str(run)]
     command = [sys.executable, "-m", "compressor.cli", *asked, *flags, "--resume"]

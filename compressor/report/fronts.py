@@ -152,7 +152,8 @@ def _draw_front_line(axes: Axes, line: list[Point], plane: Plane) -> None:
 
 
 def _draw_winner(axes: Axes, data: ReportData, plane: Plane, drawn: Drawn) -> None:
-    """The winner at its figures of the search, so that it lies on the front it was picked from."""
+    """The winner at its accuracy on the search's items, where the front it was picked from lies too: above it
+    if the winner was tuned alone since."""
     winner = data.winner
     if winner is None:
         return

@@ -72,6 +72,32 @@ def test_sub_networks_learn_to_agree_with_the_original(
     assert divergence(model, space, text, wanted) < 0.6 * before
 
 
+def test_one_sub_network_alone_takes_every_step_and_nothing_beyond_it_changes(
+    model: PreTrainedModel, space: SearchSpace, text: Tensor
+) -> None:
+    only = space.smallest
+    with torch.no_grad():
+        wanted = final_states(model, text)
+    before, whole = divergence(model, space, text, wanted), make_model()
+    curves: list[str] = []
+    finetune(
+        Elastic(model),
+        space,
+        text,
+        FinetuneConfig(steps=20, batch=8, lr=3e-3, only=only),
+        on_curve=lambda curve, _step, _loss: curves.append(curve),
+    )
+    assert curves == ["sub"] * 20
+    assert divergence(model, space, text, wanted) < 0.8 * before
+    layer: Any
+    for index, (layer, untouched) in enumerate(zip(model.model.layers, whole.model.layers, strict=True)):
+        first = only.widths[0] if index in only.layers else 0
+        assert torch.equal(layer.mlp.up_proj.weight[first:], untouched.mlp.up_proj.weight[first:])
+        assert index in only.layers or torch.equal(
+            layer.self_attn.q_proj.weight, untouched.self_attn.q_proj.weight
+        )
+
+
 def test_steps_alternate_and_are_reported(model: PreTrainedModel, space: SearchSpace, text: Tensor) -> None:
     events: list[Event] = []
     curve: list[tuple[str, int, float]] = []

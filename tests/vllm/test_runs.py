@@ -30,8 +30,9 @@ def run(supernet: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("home")
     (home / "tiny.toml").write_text(f'engine = "vllm"\n{TINY_PROFILE}')
     where = ("--profile", str(home / "tiny.toml"), "--model", str(supernet), "--run", str(home / "run"))
-    done = compress(*where, *SMALL_EFFORT, "--evaluations", "4")
+    done = compress(*where, *SMALL_EFFORT, "--evaluations", "4", "--winner-minutes", "1")
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "Tuning the winner: done" in done.stdout and "tuned alone, the winner" in done.stdout
     assert "every budget met" in done.stdout
     return home / "run"
 
