@@ -10,7 +10,7 @@ import json
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -143,10 +143,12 @@ class Ledger:
         with self._using(), self._db:
             self._db.execute("INSERT OR REPLACE INTO curves VALUES (?, ?, ?)", (curve, step, value))
 
-    def end_curves(self, step: int) -> None:
-        """Forget points after the last step: those of an earlier, longer training."""
+    def end_curves(self, curves: Sequence[str], step: int) -> None:
+        """Forget these curves' points after the last step: those of an earlier, longer training."""
         with self._using(), self._db:
-            self._db.execute("DELETE FROM curves WHERE step > ?", (step,))
+            self._db.executemany(
+                "DELETE FROM curves WHERE curve = ? AND step > ?", [(curve, step) for curve in curves]
+            )
 
     def curve(self, curve: str) -> list[tuple[int, float]]:
         sql = "SELECT step, value FROM curves WHERE curve = ? ORDER BY step"

@@ -83,10 +83,12 @@ def test_curves_overwrite_repeated_steps(path):
         for step, value in [(2, 1.0), (1, 3.0), (2, 0.5)]:
             ledger.record_curve("super", step, value)
         ledger.record_curve("sub", 1, 9.0)
+        ledger.record_curve("winner sub", 2, 7.0)
         assert ledger.curve("super") == [(1, 3.0), (2, 0.5)]
-        ledger.end_curves(1)
+        ledger.end_curves(["super", "sub"], 1)
         assert ledger.curve("super") == [(1, 3.0)]
         assert ledger.curve("sub") == [(1, 9.0)]
+        assert ledger.curve("winner sub") == [(2, 7.0)], "another training's"
 
 
 def test_facts_are_json_values(path):

@@ -21,11 +21,11 @@ from compressor.engines.pytorch import TorchRunner
 from compressor.errors import InputError
 from compressor.evaluation.encoding import Encoded
 from compressor.events import Listener
-from compressor.manifest import read_manifest
 from compressor.pipeline.base import compute_device, compute_dtype, load_to_compute
 from compressor.pipeline.candidates import known_outcomes
 from compressor.pipeline.context import Result, run_stage
-from compressor.pipeline.report_data import save_comparison
+from compressor.pipeline.exporting import winner_of
+from compressor.pipeline.report_data import save_comparison, score_of
 from compressor.pipeline.run import Workshop, picked, reopened, tuned_weights, write_report
 from compressor.pipeline.tuning import (
     NEURON_SEQUENCES,
@@ -37,8 +37,8 @@ from compressor.pipeline.tuning import (
     tuning_config,
     tuning_inputs,
 )
-from compressor.report.data import Compared, Comparison, PairedTest, Score, SideBySide
-from compressor.runfolder import Weights
+from compressor.report.data import Compared, Comparison, PairedTest, SideBySide
+from compressor.runfolder import Weights, digest
 from compressor.space import SearchSpace, SubNetwork, parameter_count
 from compressor.supernet.elastic import Elastic
 from compressor.supernet.extraction import extract
@@ -84,8 +84,7 @@ def compare(run: Path, pick: str, minutes: float | None, listener: Listener) -> 
 
 def _subnet(workshop: Workshop, pick: str) -> SubNetwork:
     if pick == "winner":
-        manifest = read_manifest(workshop.context.folder.package)
-        return SubNetwork.from_dict(manifest.architecture.model_dump())
+        return winner_of(workshop.context.folder)
     outcomes = known_outcomes(workshop.context.ledger, workshop.terms)
     return picked(workshop.problem, outcomes, pick).subnet
 
@@ -129,7 +128,10 @@ class _Comparing:
         return f"{name.lower()}-{self._size}"
 
     def _rival_inputs(self) -> dict[str, Any]:
-        return {"parameters": self._size, "minutes": self._minutes, **tuning_inputs(self._context)}
+        return {"parameters": self._size, "minutes": self._minutes, **self._learnt()}
+
+    def _learnt(self) -> dict[str, Any]:
+        return {"text": self._context.folder.result("text"), **tuning_inputs(self._context)}
 
     @property
     def _size(self) -> int:
@@ -166,7 +168,8 @@ class _Comparing:
         """Prune, score, tune, score again."""
         context = self._context
         loaded = load_to_compute(context)
-        examples = training_examples(context, loaded.tokenizer)
+        distils = context.request.tuning_loss != "cross-entropy"
+        examples = training_examples(context, loaded.tokenizer, distils)
         config = replace(
             tuning_config(context, examples),
             minutes=self._minutes,
@@ -175,7 +178,7 @@ class _Comparing:
             super_every=1,  # there is but one network
             teacher="original",
         )
-        teacher = self._teacher(loaded.model, examples.ids) if config.distils else None
+        teacher = self._teacher(loaded.model, examples.ids) if distils else None
         calibration = batches(training_text(context)[:NEURON_SEQUENCES])
         context.say(f"{name}: pruning to {self._size / 1e6:.1f}M parameters")
         model = prune(loaded.model, calibration, self._size)
@@ -187,7 +190,7 @@ class _Comparing:
             examples,
             config,
             partial(told_as, context.listener, _stage(self._of_rival(name))),
-            folder=self._scratch / name.lower(),
+            folder=self._scratch / self._of_rival(name),
             original=teacher,
         )
         return {
@@ -200,7 +203,7 @@ class _Comparing:
 
     def _teacher(self, model: PreTrainedModel, ids: Tensor) -> Targets:
         """What the unpruned model says of the examples, kept until all is compared."""
-        path = self._scratch / "teacher.pt"
+        path = self._scratch / f"teacher-{digest(self._learnt())}.pt"
         targets = Targets.load(path)
         if targets is None:
             self._context.say("asking the unpruned model about the training text")
@@ -224,8 +227,8 @@ class _Comparing:
         return Compared(
             name,
             result["parameters"],
-            _score(result["score"]),
-            untuned=_score(result["untuned"]) if "untuned" in result else None,
+            score_of(result["score"]),
+            untuned=score_of(result["untuned"]) if "untuned" in result else None,
             ttft=_beside(result, "ttft"),
             tpot=_beside(result, "tpot"),
             tuned_minutes=result.get("seconds", 0.0) / 60,
@@ -263,15 +266,6 @@ class PlainArtefact:
 
 def _stage(of: str) -> str:
     return f"compare-{of}"
-
-
-def _score(metrics: Mapping[str, float]) -> Score:
-    return Score(
-        metrics["accuracy"],
-        metrics["accuracy_low"],
-        metrics["accuracy_high"],
-        int(metrics["accuracy_items"]),
-    )
 
 
 def _beside(result: Result, figure: str) -> SideBySide | None:

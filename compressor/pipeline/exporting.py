@@ -131,7 +131,7 @@ def _origin(source: Path, pick: str, listener: Listener) -> Origin:
     if not (source / RUN_FILE).is_file():
         return _whole_model(source)
     folder = RunFolder.open_existing(source)
-    return _of_run(folder, _winner(folder) if pick == "winner" else _picked(source, pick, listener))
+    return _of_run(folder, winner_of(folder) if pick == "winner" else _picked(source, pick, listener))
 
 
 def _of_run(folder: RunFolder, subnet: SubNetwork) -> Origin:
@@ -157,7 +157,8 @@ def _whole_model(folder: Path) -> Origin:
     return Origin(folder, SubNetwork(layers, (shape.intermediate_size,) * len(layers)), fields, narrow)
 
 
-def _winner(folder: RunFolder) -> SubNetwork:
+def winner_of(folder: RunFolder) -> SubNetwork:
+    """The sub-network that the run packaged. Raises ``PackageError`` where there is none."""
     return SubNetwork.from_dict(read_manifest(folder.package).architecture.model_dump())
 
 

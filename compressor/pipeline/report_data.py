@@ -16,6 +16,7 @@ from compressor.pipeline.context import Context
 from compressor.pipeline.plan import Plan
 from compressor.pipeline.references import PYTORCH, ReferenceSet
 from compressor.pipeline.replanning import GIB, budget_limits
+from compressor.pipeline.tuning import CURVES, WINNER
 from compressor.pipeline.winner import BESIDE, Finalist
 from compressor.report import data as report
 from compressor.runfolder import RunFolder, write_json
@@ -24,7 +25,7 @@ from compressor.search.problem import Outcome, Problem
 from compressor.space import Numerics, SubNetwork, parameter_count
 
 REFERENCE_NAMES = {"bf16": "unpruned, bf16", "int8": "unpruned, INT8", "int4": "unpruned, INT4"}
-CURVES = ("super", "sub", "held-out", "winner sub", "winner held-out")
+ALL_CURVES = (*CURVES, *(WINNER + curve for curve in CURVES))
 _COMPARISON = TypeAdapter(report.Comparison)
 
 
@@ -56,7 +57,7 @@ def collect(
         winner=_winner(plan, problem, task, references, finalist) if finalist else None,
         budgets=_budgets(context, finalist),
         weight_budget_bytes=_weight_budget(context, outcomes, finalist),
-        loss_curves={name: tuple(context.ledger.curve(name)) for name in CURVES},
+        loss_curves={name: tuple(context.ledger.curve(name)) for name in ALL_CURVES},
         conditions=_conditions(finalist),
         next_commands=_next_commands(context, finalist),
         notes=tuple(notes),
@@ -98,7 +99,7 @@ def _candidates(problem: Problem, outcomes: Sequence[Outcome]) -> tuple[report.C
         report.Candidate(
             subnet=o.subnet,
             weight_bytes=int(o.values["weight_bytes"]),
-            accuracy=_score(o.values) if "accuracy" in o.values else None,
+            accuracy=score_of(o.values) if "accuracy" in o.values else None,
             speed=_speed(Measurement.from_metrics(o.values)) if "ttft_ms" in o.values else None,
             status=o.status if o.status != "ok" or problem.meets_limits(o) else "infeasible",
             on_front=o.subnet in front,
@@ -211,7 +212,8 @@ def _next_commands(context: Context, finalist: Finalist | None) -> tuple[tuple[s
     )
 
 
-def _score(values: object) -> report.Score:
+def score_of(values: object) -> report.Score:
+    """A report's score from a ledger row's metrics."""
     metrics: dict[str, float] = dict(values)  # type: ignore[call-overload]
     return report.Score(
         metrics["accuracy"],
@@ -222,7 +224,7 @@ def _score(values: object) -> report.Score:
 
 
 def _row_score(row: Row | None) -> report.Score | None:
-    return None if row is None or "accuracy" not in row.metrics else _score(row.metrics)
+    return None if row is None or "accuracy" not in row.metrics else score_of(row.metrics)
 
 
 def _speed(measured: Measurement) -> report.Speed:

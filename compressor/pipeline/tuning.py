@@ -34,6 +34,11 @@ NEURON_SEQUENCES = 32
 LAYER_SEQUENCES = 8
 """Sequences that neurons and layers are ranked on."""
 
+CURVES = ("super", "sub", "held-out")
+"""What ``finetune`` calls its losses."""
+WINNER = "winner "
+"""Before a curve's name: of the winner's own tuning."""
+
 ADAPTER_LR = 1e-3
 """Adapters take higher rates than all weights do (Biderman et al., arXiv 2405.09673)."""
 
@@ -49,7 +54,7 @@ def tune_supernet(context: Context, plan: Plan) -> Result:
     importance = _rank(loaded, text, plan)
     sort_neurons(loaded.model, importance)
     space = replace(plan.space, drop_order=importance.drop_order)
-    examples = training_examples(context, loaded.tokenizer)
+    examples = training_examples(context, loaded.tokenizer, context.request.keeps_teacher)
     known = context.request.data_free and context.request.keeps_teacher
     result = finetune(
         Elastic(loaded.model),
@@ -60,12 +65,9 @@ def tune_supernet(context: Context, plan: Plan) -> Result:
         context.ledger.record_curve,
         context.folder.checkpoints,
         Targets.load(training_targets(context)) if known else None,
-        Served(
-            lambda subnet: float(served_memory(plan.shape, subnet, context.request.profile).total),
-            rounded if learns_rounded(context.request, space) else None,
-        ),
+        _served(context, plan),
     )
-    context.ledger.end_curves(result.steps)
+    context.ledger.end_curves(CURVES, result.steps)
     if result.stopped_early:
         context.say(f"tuning ended at step {result.steps}: the loss on held-out rows falls no more")
 
@@ -88,10 +90,8 @@ def tune_alone(context: Context, plan: Plan, subnet: SubNetwork, minutes: float)
     model, tokenizer, info = load_supernet(context.folder.supernet, compute_dtype(context))
     model.to(compute_device())
     space = replace(plan.space, drop_order=info.drop_order)
-    examples = training_examples(context, tokenizer)
-    config = replace(
-        tuning_config(context, examples), minutes=minutes, only=subnet, recipe="alternate", teacher="original"
-    )
+    examples = training_examples(context, tokenizer, context.request.tuning_loss != "cross-entropy")
+    config = replace(tuning_config(context, examples), minutes=minutes, only=subnet, teacher="original")
     checkpoints = context.folder.checkpoints / subnet.digest
     stage = tuned_stage(subnet)
     result = finetune(
@@ -100,14 +100,12 @@ def tune_alone(context: Context, plan: Plan, subnet: SubNetwork, minutes: float)
         examples,
         config,
         partial(told_as, context.listener, stage),
-        lambda curve, step, loss: context.ledger.record_curve(f"winner {curve}", step, loss),
+        lambda curve, step, loss: context.ledger.record_curve(WINNER + curve, step, loss),
         checkpoints,
         _original(context, examples, config),
-        Served(
-            lambda one: float(served_memory(plan.shape, one, context.request.profile).total),
-            rounded if learns_rounded(context.request, space) else None,
-        ),
+        _served(context, plan),
     )
+    context.ledger.end_curves([WINNER + curve for curve in CURVES], result.steps)
 
     def save(path: Path) -> None:
         path.mkdir(parents=True)
@@ -129,6 +127,14 @@ def tuned_stage(subnet: SubNetwork) -> str:
 def told_as(listener: Listener, stage: str, event: Event) -> None:
     """Pass on what a tuning tells, as another stage's progress."""
     listener(replace(event, stage=stage) if isinstance(event, StageProgress) else event)
+
+
+def _served(context: Context, plan: Plan) -> Served:
+    request = context.request
+    return Served(
+        lambda subnet: float(served_memory(plan.shape, subnet, request.profile).total),
+        rounded if learns_rounded(request, plan.space) else None,
+    )
 
 
 def _original(context: Context, examples: Examples, config: FinetuneConfig) -> Targets | None:
@@ -177,14 +183,14 @@ def tuning_inputs(context: Context) -> dict[str, Any]:
     }
 
 
-def training_examples(context: Context, tokenizer: PreTrainedTokenizerBase) -> Examples:
-    """What is learnt: text that the unpruned model wrote, or the user's rows; of these no more than are
-    learnt where the unpruned model's view of each is kept."""
+def training_examples(context: Context, tokenizer: PreTrainedTokenizerBase, keeps_teacher: bool) -> Examples:
+    """What is learnt: text that the unpruned model wrote, or the user's rows; of these no more than a tuning
+    learns where the unpruned model's view of each is kept."""
     request, effort = context.request, context.request.effort
     if request.data_free:
         return Examples.of_text(training_text(context))
     rows = load_training_data(request.train_data, tokenizer, effort.sequence_length, context.listener)
-    if not request.keeps_teacher:
+    if not keeps_teacher:
         return rows
     wanted = effort.tuning_steps * effort.tuning_batch + MOST_HELD_OUT
     return rows.some(wanted, request.seed)

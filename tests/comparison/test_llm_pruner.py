@@ -10,22 +10,11 @@ from torch import Tensor
 
 from compressor.comparison.llm_pruner import middle_layers, prune
 from compressor.errors import InputError
+from tests.comparison.conftest import logits
 from tests.supernet.conftest import FAMILIES, make_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-@pytest.fixture
-def batches() -> list[Tensor]:
-    generator = torch.Generator().manual_seed(3)
-    return [torch.randint(97, (2, 24), generator=generator) for _ in range(2)]
-
-
-def logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    with torch.no_grad():
-        found: Tensor = model(input_ids=ids, use_cache=False).logits
-    return found
 
 
 @torch.no_grad()

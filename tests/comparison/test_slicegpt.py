@@ -19,22 +19,11 @@ from compressor.supernet.data import Examples
 from compressor.supernet.elastic import Elastic
 from compressor.supernet.finetune import FinetuneConfig, finetune
 from compressor.supernet.targets import compute
+from tests.comparison.conftest import logits
 from tests.supernet.conftest import FAMILIES, make_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-@pytest.fixture
-def batches() -> list[Tensor]:
-    generator = torch.Generator().manual_seed(3)
-    return [torch.randint(97, (4, 24), generator=generator) for _ in range(4)]
-
-
-def logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    with torch.no_grad():
-        found: Tensor = model(input_ids=ids, use_cache=False).logits
-    return found
 
 
 @pytest.mark.parametrize("family", FAMILIES)
