@@ -1,8 +1,9 @@
 """The endpoint beside llama.cpp's server, vLLM's and the bare engine, in one run, with the same prompts.
 
 All serve the same network, the unpruned starter, in their own INT8 with two threads. Rounds alternate
-between them, so that a disturbance hits all. Prompts are plain words, the same for every server and
-never twice, so that no cache helps. Prints a table, then one line of JSON; exit 1 if a bound is missed.
+between them, so that a disturbance hits all, and each turn begins once the one before is at rest.
+Prompts are plain words, the same for every server and never twice, so that no cache helps. Prints a
+table, then one line of JSON; exit 1 if a bound is missed.
 
     python benchmarks/endpoint.py [--cache runs/bench-serve] [--rounds 5]
 """
@@ -19,7 +20,16 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from endpoint_load import Server, StartError, machine_busy_seconds, running, stall, stream, together
+from endpoint_load import (
+    Server,
+    StartError,
+    machine_busy_seconds,
+    running,
+    stall,
+    stream,
+    together,
+    until_idle,
+)
 from rivals import ROOT, contenders, our_package
 from verdict import Bound, conclude
 
@@ -104,15 +114,19 @@ def _round(
 
     for _ in range(3):
         one = prompt(PROMPT_TOKENS)
+        until_idle()
         _record(figures[BARE], _bare_times(engine, one, tokens), tokens)
         for server in servers:
+            until_idle()
             _record(figures[server.name], stream(server, one, tokens), tokens)
     short = [prompt(SHORT_TOKENS) for _ in range(STREAMS)]
     for server in servers:
+        until_idle()
         figures[server.name].streams_tok_s.append(together(server, short, 2 * tokens))
     # plain text: a server holds back the tokens of half a character, which would look like a stall
     beginning, long = opening + prompt(SHORT_TOKENS - len(opening)), prompt(LONG_TOKENS)
     for server in servers:
+        until_idle()
         figures[server.name].stall.append(stall(server, beginning, long, BEFORE, MOST))
 
 

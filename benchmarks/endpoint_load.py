@@ -21,6 +21,7 @@ import psutil
 from rivals import ROOT, Contender
 
 START_SECONDS = 300
+IDLE_SAMPLE_SECONDS = 0.25
 
 
 class StartError(Exception):
@@ -132,6 +133,20 @@ def stall(server: Server, prompt: list[int], long_prompt: list[int], before: int
     usual = statistics.median(gap for at, gap in gaps if at <= sent)
     during = sorted(gap for at, gap in gaps if sent < at <= answered + usual)
     return during[int(0.99 * (len(during) - 1))] / usual
+
+
+def until_idle(seconds: float = 5.0) -> None:
+    """Wait until the machine does nothing, for so long at most.
+
+    A server's threads may go on spinning for a second after its answer (vLLM's do), at the cost of whoever
+    is measured next.
+    """
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        before = machine_busy_seconds()
+        time.sleep(IDLE_SAMPLE_SECONDS)
+        if machine_busy_seconds() - before < 0.1 * IDLE_SAMPLE_SECONDS:
+            return
 
 
 def machine_busy_seconds() -> float:
