@@ -167,7 +167,13 @@ def torch_predict(model: PreTrainedModel, shared: SharedLayers | None = None) ->
             packed = PackedModel(model, shared)
             steps = schedule(pack_rows(ids), packed.device, packed.dtype)
             hidden = packed.run(steps, ids.size)
-            top = torch.cat([top_tokens(packed.logits(rows)) for rows in torch.split(hidden, _HEAD_ROWS)])
+            top = torch.empty(ids.size, dtype=torch.long, device=hidden.device)
+
+            def choose(start: int) -> None:
+                end = start + _HEAD_ROWS
+                top[start:end] = top_tokens(packed.logits(hidden[start:end]))
+
+            packed.each(choose, range(0, ids.size, _HEAD_ROWS))
         result: NDArray[np.integer] = top.reshape(ids.shape).cpu().numpy()
         return result
 

@@ -7,8 +7,10 @@ activated sub-network (fewer layers, narrower MLPs) is scored as such, without c
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 from compressor.errors import InputError
 from compressor.evaluation.schedule import Call, Rows, Step
 from compressor.evaluation.shared_layers import Passage, SharedLayers
+from compressor.evaluation.workers import side_by_side
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -57,10 +60,13 @@ class PackedModel:
         self._shared = shared
         self._known = 0
         self._kept: dict[int, Kept] = {}
-        self._logits = torch.empty(0, dtype=self.dtype, device=self.device)
+        self._buffers = threading.local()
+        self._rotary_lock = threading.Lock()
+        self.apart = self.device.type == "cpu" and all(layer.is_plain for layer in self.layers)
+        """Whether passes that don't depend on each other may run side by side."""
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits [n, vocabulary] of final hidden states [n, hidden], valid until the next call.
+        """Logits [n, vocabulary] of final hidden states [n, hidden], valid until the thread's next call.
 
         On a CPU they lie in one buffer, since the page faults of fresh memory cost a tenth of the product.
         """
@@ -68,9 +74,18 @@ class PackedModel:
         if self.device.type != "cpu" or type(head) is not nn.Linear or head.bias is not None:
             output: Tensor = head(hidden)
             return output
-        if len(self._logits) < len(hidden):
-            self._logits = hidden.new_empty(len(hidden), head.out_features)
-        return torch.mm(hidden, head.weight.t(), out=self._logits[: len(hidden)])
+        buffer: Tensor | None = getattr(self._buffers, "logits", None)
+        if buffer is None or len(buffer) < len(hidden):
+            buffer = self._buffers.logits = hidden.new_empty(len(hidden), head.out_features)
+        return torch.mm(hidden, head.weight.t(), out=buffer[: len(hidden)])
+
+    def each(self, work: Callable[[int], None], numbers: Sequence[int]) -> None:
+        """Do ``work`` on each number; on a CPU side by side where the model's modules allow it."""
+        if self.apart:
+            side_by_side(work, numbers)
+        else:
+            for number in numbers:
+                work(number)
 
     def run(self, steps: list[Step], num_rows: int) -> Tensor:
         """Final hidden states [num_rows, hidden] at all scored positions, in the order of score rows."""
@@ -78,12 +93,17 @@ class PackedModel:
         self._kept = {}
         passage = self._shared.passage(self.model, steps) if self._shared else None
         self._known = passage.known if passage else 0
-        for number, step in enumerate(steps):
-            hidden = self._forward(step, passage, number)
+
+        def compute(number: int) -> None:
+            hidden = self._forward(steps[number], passage, number)
             if hidden is not None:
-                outputs[step.rows] = _normed(self.base.norm, hidden)
-            for prefix in step.drop:
-                self._kept.pop(prefix, None)
+                outputs[steps[number].rows] = _normed(self.base.norm, hidden)
+
+        for keeps, numbers in groupby(range(len(steps)), lambda n: bool(steps[n].keep)):
+            for group in ([n] for n in numbers) if keeps else [list(numbers)]:
+                self.each(compute, group)
+                for prefix in (prefix for number in group for prefix in steps[number].drop):
+                    self._kept.pop(prefix, None)
         self._kept = {}
         if self._shared and passage:
             self._shared.keep(passage)
@@ -95,7 +115,8 @@ class PackedModel:
             hidden = passage.states[number]
         else:
             hidden = self.base.embed_tokens(step.ids).to(self.dtype)
-        cos, sin = (t[0, :, None] for t in self.base.rotary_emb(hidden, step.positions[None]))
+        with self._rotary_lock:  # some kinds of it change themselves
+            cos, sin = (t[0, :, None] for t in self.base.rotary_emb(hidden, step.positions[None]))
         kept: dict[int, Kept] = {prefix: [] for prefix, _, _ in step.keep}
         last = len(self.layers) - 1
         masks = [call.mask(call.full, self.dtype) for call in step.calls]
@@ -116,7 +137,7 @@ class PackedModel:
             mixed = torch.cat([part for part in attended if part is not None])
             hidden = layer.finish(hidden, mixed)
             if passage and index < last:
-                passage.leave(index + 1, hidden)
+                passage.leave(index + 1, number, hidden)
         self._kept |= kept
         return hidden
 
@@ -139,19 +160,21 @@ class PackedModel:
         if rows is None:
             return None
         mask = call.mask(rows, self.dtype) if mask is None else mask
-        q = _padded(query, rows)
-        k, v = (_padded(states, call.full).transpose(1, 2) for states in (key, value))
+        q = _by_head(query, rows)
+        k, v = (_by_head(states, call.full) for states in (key, value))
         if call.parent >= 0:
             before_k, before_v = self._kept[call.parent][layer - self._known]
             k = torch.cat([before_k.expand(rows.batch, -1, -1, -1), k], 2)
             v = torch.cat([before_v.expand(rows.batch, -1, -1, -1), v], 2)
         attention = _fused_attention if call.longest > LONG_ATTENTION else _attention
-        return attention(q, k, v, mask).index_select(0, rows.valid)
+        return attention(q, k, v, mask, rows)
 
 
-def _padded(states: Tensor, rows: Rows) -> Tensor:
-    """Packed states [N, heads, D] as a batch of trees [B, L, heads, D]."""
-    return states.flatten(1).index_select(0, rows.gather).view(rows.batch, rows.length, *states.shape[1:])
+def _by_head(states: Tensor, rows: Rows) -> Tensor:
+    """Packed states [N, heads, D] as a batch of trees [B, heads, L, D], gathered and permuted in one copy."""
+    heads, dim = states.shape[1:]
+    picked = states.reshape(-1, dim).index_select(0, rows.gather_by_head(heads))
+    return picked.view(rows.batch, heads, rows.length, dim)
 
 
 def top_tokens(logits: Tensor) -> Tensor:
@@ -165,33 +188,30 @@ def top_tokens(logits: Tensor) -> Tensor:
     return best * _ARGMAX_BLOCK + within
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Grouped-query attention by two batched matrix products; q [B, L, H, D], k and v [B, G, K, D].
+def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, rows: Rows) -> Tensor:
+    """Grouped-query attention by two batched matrix products; q [B, H, L, D], k and v [B, G, K, D].
 
-    Returns [B * L, H * D]. The mask [B, L, K'] covers the last keys; all see those before them, a prefix.
+    Returns [n, H * D] for the rows that are no padding. The mask [B, L, K'] covers the last keys; all see
+    those before them, a prefix.
     """
-    batch, length, heads, dim = q.shape
+    batch, heads, length, dim = q.shape
     groups, keys = k.shape[1], k.shape[2]
     repeats = heads // groups
-    q = q.view(batch, length, groups, repeats, dim).permute(0, 2, 3, 1, 4)
-    q = q.reshape(batch * groups, repeats * length, dim)
+    q = q.view(batch * groups, repeats * length, dim)
     scores = torch.bmm(q, k.reshape(batch * groups, keys, dim).transpose(1, 2))
     own = scores.view(batch, groups, repeats, length, keys)[..., keys - mask.shape[-1] :]
     own.add_(mask[:, None, None])
     weights = scores.softmax(-1)
     mixed = torch.bmm(weights, v.reshape(batch * groups, keys, dim))
-    mixed = mixed.view(batch, groups, repeats, length, dim).permute(0, 3, 1, 2, 4)
-    return mixed.reshape(batch * length, heads * dim)
+    return mixed.view(-1, dim).index_select(0, rows.valid_by_head(heads)).view(-1, heads * dim)
 
 
-def _fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+def _fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, rows: Rows) -> Tensor:
     """The same through the fused kernel, for long sequences."""
-    batch, length, heads, dim = q.shape
+    batch, heads, length, dim = q.shape
     mask = F.pad(mask[:, None], (k.shape[2] - mask.shape[-1], 0))
-    mixed = F.scaled_dot_product_attention(
-        q.transpose(1, 2), k, v, attn_mask=mask, scale=1.0, enable_gqa=heads > k.shape[1]
-    )
-    return mixed.transpose(1, 2).reshape(batch * length, heads * dim)
+    mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0, enable_gqa=heads > k.shape[1])
+    return mixed.transpose(1, 2).reshape(batch * length, heads * dim).index_select(0, rows.valid)
 
 
 @dataclass(frozen=True)
@@ -216,6 +236,13 @@ class _Layer:
             attention.head_dim,
             attention.scaling,
         )
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether its matrix products are no more than that, and change nothing when they are computed."""
+        attention, mlp = self.attention, self.mlp
+        modules = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+        return all(map(_is_plain, (*modules, mlp.gate_proj, mlp.up_proj, mlp.down_proj)))
 
     def project(self, normed: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries [N, H, D], scaled for attention, and keys and values [N, G, D]."""
@@ -246,13 +273,15 @@ class _Layer:
 
 
 def _normed(norm: Any, states: Tensor) -> Tensor:
-    """RMS norm (arXiv 1910.07467) of [N, hidden]: in fp32 by fewer passes than the module's own."""
-    if states.dtype != torch.float32 or not hasattr(norm, "variance_epsilon") or norm.weight.ndim != 1:
+    """RMS norm (arXiv 1910.07467) of [N, hidden], its sums in fp32, by fewer passes than the module's own."""
+    if states.device.type != "cpu" or not hasattr(norm, "variance_epsilon") or norm.weight.ndim != 1:
         output: Tensor = norm(states)
         return output
-    square = torch.linalg.vector_norm(states, dim=-1, keepdim=True).square_()
-    scale: Tensor = square.div_(states.shape[-1]).add_(norm.variance_epsilon).rsqrt_()
-    return (states * scale).mul_(norm.weight)
+    full = states.float()
+    square = torch.linalg.vector_norm(full, dim=-1, keepdim=True).square_()
+    scale = square.div_(states.shape[-1]).add_(norm.variance_epsilon).rsqrt_()
+    scaled = full * scale if full is states else full.mul_(scale)
+    return scaled.to(states.dtype).mul_(norm.weight)
 
 
 def _rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -79,7 +79,7 @@ def score_plan(plan: Plan, model: PreTrainedModel, shared: SharedLayers | None =
     with torch.inference_mode():
         packed = PackedModel(model, shared)
         hidden = packed.run(plan.steps(packed.device, packed.dtype), plan.packing.num_rows)
-        return _collect(plan.packing, hidden, packed.logits)
+        return _collect(plan.packing, hidden, packed)
 
 
 def score_by_logits(encoded: Sequence[Encoded], logits: Logits) -> Likelihoods:
@@ -173,27 +173,32 @@ class LogitsLM(PackedLM):
         return [float(score_by_logits(encoded, self.logits).values.sum()) for encoded in windows]
 
 
-def _collect(packing: Packing, hidden: Tensor, head: Callable[[Tensor], Tensor]) -> Likelihoods:
+def _collect(packing: Packing, hidden: Tensor, model: PackedModel) -> Likelihoods:
     """Log-probabilities of all targets from final hidden states, summed by request."""
     order = np.argsort(packing.request_rows, kind="stable")
     rows, targets = packing.request_rows[order], packing.targets[order]
     logprobs = np.empty(len(rows))
     greedy = np.empty(len(rows), np.bool_)
-    for start in range(0, packing.num_rows, HEAD_ROWS):
+
+    def collect(start: int) -> None:
         low, high = np.searchsorted(rows, (start, start + HEAD_ROWS))
-        logits = head(hidden[start : start + HEAD_ROWS])
+        logits = model.logits(hidden[start : start + HEAD_ROWS])
         local = torch.from_numpy(rows[low:high] - start).to(logits.device)
         wanted = torch.from_numpy(targets[low:high]).to(logits.device)
         chosen = logits[local, wanted].float()
         top, normaliser = _top_and_normaliser(logits)
         logprobs[order[low:high]] = (chosen - normaliser[local]).double().cpu().numpy()
         greedy[order[low:high]] = (chosen >= top[local]).cpu().numpy()
+
+    model.each(collect, range(0, packing.num_rows, HEAD_ROWS))
     starts = packing.request_starts[:-1]
     return Likelihoods(np.add.reduceat(logprobs, starts), np.logical_and.reduceat(greedy, starts))
 
 
 def _top_and_normaliser(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Largest logit and log of the sum of exponentials of each row, in fp32."""
+    top = logits.amax(-1).float()
     rows = _SOFTMAX_ROWS if logits.device.type == "cpu" else len(logits)
-    sums = [torch.logsumexp(part.float(), -1) for part in torch.split(logits, rows)]
-    return logits.amax(-1).float(), torch.cat(sums)
+    parts = zip(torch.split(logits, rows), torch.split(top[:, None], rows), strict=True)
+    sums = [(part.float() - largest).exp_().sum(-1) for part, largest in parts]
+    return top, torch.cat(sums).log_().add_(top)

@@ -72,15 +72,16 @@ class SharedLayers:
         self.layers_computed += len(architecture) - known
         worth = LEAST_ENTRIES * self._state_bytes(steps) <= self._limit_bytes
         depths = [known + n for n in AHEAD if known + n < len(architecture)] if worth else []
-        ahead: dict[int, list[Tensor]] = {depth: [] for depth in depths}
+        ahead: dict[int, dict[int, Tensor]] = {depth: {} for depth in depths}
         return Passage(known, states, ahead, (question, architecture))
 
     def keep(self, passage: Passage) -> None:
         """Keep the states that a finished passage left."""
         question, architecture = passage.asked
         for depth, states in passage.left.items():
-            self._kept[question, architecture[:depth]] = tuple(states)
-            self.kept_bytes += _bytes(states)
+            ordered = tuple(states[number] for number in sorted(states))
+            self._kept[question, architecture[:depth]] = ordered
+            self.kept_bytes += _bytes(ordered)
         while self.kept_bytes > self._limit_bytes:
             self.kept_bytes -= _bytes(self._kept.popitem(last=False)[1])
 
@@ -95,18 +96,19 @@ class SharedLayers:
 class Passage:
     """One evaluation's way through its layers, of which the first ``known`` are computed already.
 
-    ``states`` are the hidden states after those, one a step; ``left`` are those to be kept, by depth.
+    ``states`` are the hidden states after those, one a step; ``left`` are those to be kept, by depth and
+    step.
     """
 
     known: int
     states: tuple[Tensor, ...]
-    left: dict[int, list[Tensor]]
+    left: dict[int, dict[int, Tensor]]
     asked: Prefix = field(repr=False)
 
-    def leave(self, depth: int, hidden: Tensor) -> None:
+    def leave(self, depth: int, number: int, hidden: Tensor) -> None:
         """Note a step's hidden states after so many layers."""
         if depth in self.left:
-            self.left[depth].append(hidden)
+            self.left[depth][number] = hidden
 
 
 def _room_bytes(device: torch.device) -> int:

@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from compressor.errors import InputError
-from compressor.evaluation import forward
+from compressor.evaluation import forward, schedule
 from compressor.evaluation.scorer import LogitsLM, PackedLM
 
 SENTENCE = "the cat sat on a mat while four dogs ran over seven hills and nobody saw them go"
@@ -251,3 +251,19 @@ def test_another_kind_of_model_is_refused(tokenizer: Any) -> None:
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=512, n_embd=32, n_layer=1, n_head=2))
     with pytest.raises(InputError, match="LLaMA-like"):
         PackedLM(gpt2, tokenizer, max_length=64).loglikelihood([instance("the cat", " sat")])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scores_do_not_depend_on_how_many_passes_run_side_by_side(
+    tiny_model_folder: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    monkeypatch.setitem(schedule.BLOCK_BYTES, "cpu", 40 * dtype.itemsize)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=dtype).eval()
+    before = torch.get_num_threads()
+    found = []
+    for threads in (1, 2, 8):
+        torch.set_num_threads(threads)
+        found.append(PackedLM(model, tokenizer).loglikelihood(make_requests(30)))
+    torch.set_num_threads(before)
+    assert_same(found[1], found[0], 1e-5 if dtype == torch.float32 else 0.05)
+    assert_same(found[2], found[0], 1e-5 if dtype == torch.float32 else 0.05)
