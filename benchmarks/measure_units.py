@@ -21,6 +21,7 @@ from compressor.engines.onnx_graph import FP32_ACTIVATIONS, build_graph
 from compressor.engines.onnx_session import open_session, prefill_logits
 from compressor.engines.onnx_verify import mean_kl
 from compressor.engines.onnxruntime import OnnxRuntimeEngine
+from compressor.engines.paired import FINAL_PRECISION
 from compressor.engines.speed import panel
 from compressor.measurement import Measurement
 from compressor.profile import Workload
@@ -116,9 +117,11 @@ class Bench:
         return {"seconds": seconds, "bytes": len(graph.SerializeToString())}
 
     def repeat(self) -> Figures:
-        """One candidate in turns with the reference."""
+        """One candidate in turns with the reference, as a run measures its winner."""
         candidate, reference = self.engine.build(self.space.smallest), self.engine.build(self.space.full)
-        measured = self.engine.bench_against(candidate, reference, WORKLOAD, max_seconds=2 * self.seconds)
+        measured = self.engine.bench_against(
+            candidate, reference, WORKLOAD, max_seconds=2 * self.seconds, precision=FINAL_PRECISION
+        )
         return {"taken_at": time.time(), **_figures(measured)}
 
     def panel(self) -> Figures:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import onnx
 import onnxruntime as ort
 
-from compressor.engines.bench import Timings, summarise, time_workload
+from compressor.engines.bench import PRECISION, Timings, summarise, time_workload
 from compressor.engines.host import HostWatch, host_conditions
 from compressor.engines.memory import peak_bytes, reset_peak, resident_bytes
 from compressor.engines.onnx_graph import Logits, build_graph
@@ -96,12 +96,13 @@ class OnnxRuntimeEngine:
         workload: Workload,
         *,
         max_seconds: float = 6.0,
+        precision: float = PRECISION,
     ) -> Measurement:
         """As ``bench``, taking turns with a reference; the conditions hold its figures and the ratios."""
         watch, before = HostWatch(), resident_bytes()
         reset_peak()
         runners = self.runner(candidate, workload), self.runner(reference, workload)
-        mine, theirs, ratio = time_pair(*runners, workload, max_seconds=max_seconds)
+        mine, theirs, ratio = time_pair(*runners, workload, max_seconds=max_seconds, precision=precision)
         measured = self._measurement(candidate, workload, mine, peak_bytes() - before, watch)
         beside = summarise(theirs, workload)
         against = {
@@ -118,11 +119,11 @@ class OnnxRuntimeEngine:
         workload: Workload,
         *,
         max_seconds: float = 6.0,
+        precision: float = PRECISION,
     ) -> Ratio:
         """A candidate's times over a reference's, which may be of another export of the same shape."""
         runners = self.runner(candidate, workload), self.runner(reference, workload)
-        _, _, ratio = time_pair(*runners, workload, max_seconds=max_seconds)
-        return ratio
+        return time_pair(*runners, workload, max_seconds=max_seconds, precision=precision)[2]
 
     def placement(self, subnet: SubNetwork, numerics: Numerics = "int8") -> dict[str, int]:
         """Nodes of a sub-network by the execution provider that really ran them."""

@@ -26,6 +26,9 @@ from compressor.profile import Workload
 BURST_STEPS = 8
 """Steps of one model before the other's: what disturbs a shared machine often lasts half a second."""
 
+FINAL_PRECISION = 0.02
+"""As ``PRECISION``, of a ratio that a run's answer rests on: five of 5% may lie 8% apart."""
+
 TRIMMED = 0.1
 """Share of the turns left out at either end: a stall of the machine falls into one model's turn only."""
 
@@ -45,6 +48,11 @@ class Ratio:
     tpot_interval: float
     turns: int
 
+    @property
+    def width(self) -> float:
+        """Of the wider interval."""
+        return max(self.ttft_interval, self.tpot_interval)
+
     def to_dict(self) -> dict[str, float]:
         return {
             "ttft_ratio": self.ttft,
@@ -62,10 +70,11 @@ def time_pair(
     *,
     max_seconds: float = 6.0,
     min_turns: int = 4,
+    precision: float = PRECISION,
 ) -> tuple[Timings, Timings, Ratio]:
-    """Time both on the workload in turns until the ratios are known to ``PRECISION`` or time is up.
+    """Time both on the workload in turns until the ratios are known to ``precision`` or time is up.
 
-    Who goes first changes from turn to turn.
+    That is the width of their 95% intervals, relative. Who goes first changes from turn to turn.
     """
     mine, theirs = Timings(), Timings()
     pair = [(candidate, mine), (reference, theirs)]
@@ -75,7 +84,7 @@ def time_pair(
     while True:
         _take_turns(pair if mine.repeats % 2 == 0 else pair[::-1], workload)
         late = time.perf_counter() - start >= max_seconds
-        if mine.repeats >= min_turns and (late or _settled(mine, theirs)):
+        if mine.repeats >= min_turns and (late or ratio_of(mine, theirs).width < precision):
             return mine, theirs, ratio_of(mine, theirs)
 
 
@@ -123,8 +132,3 @@ def _mean_ratio(mine: Iterable[float], theirs: Iterable[float]) -> tuple[float, 
         return ratio, float("inf")
     deviation = statistics.stdev([kept[0]] * cut + kept + [kept[-1]] * cut)
     return ratio, 2 * 1.96 * deviation * len(logs) ** 0.5 / len(kept)
-
-
-def _settled(candidate: Timings, reference: Timings) -> bool:
-    ratio = ratio_of(candidate, reference)
-    return max(ratio.ttft_interval, ratio.tpot_interval) < PRECISION

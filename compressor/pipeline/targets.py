@@ -16,6 +16,7 @@ from compressor.engines.host import require_free_memory
 from compressor.engines.memory import required_memory_bytes
 from compressor.engines.onnx_exact import Exactness
 from compressor.engines.onnxruntime import OnnxCandidate, OnnxRuntimeEngine
+from compressor.engines.paired import FINAL_PRECISION
 from compressor.engines.vllm_worker import VllmWorker
 from compressor.environments import REMEDY, vllm_python
 from compressor.errors import InputError, UnfitMachineError
@@ -159,7 +160,10 @@ class OnnxTarget:
         )
         finalist = self.engine.build(subnet, numerics, _fine(exactness))
         unpruned = self._base.build(whole, "int8")
-        return self.engine.ratio(finalist, unpruned, workload, max_seconds=seconds).to_dict()
+        ratio = self.engine.ratio(
+            finalist, unpruned, workload, max_seconds=seconds, precision=FINAL_PRECISION
+        )
+        return ratio.to_dict()
 
     def prove(self, terms: Terms, subnet: SubNetwork) -> Exactness | None:
         return prove(self._context, terms, self.engine, subnet, self._weights.supernet)
