@@ -40,17 +40,15 @@ LLAMA = """
 import json, sys, time
 from llama_cpp import Llama
 model = Llama(sys.argv[1], n_ctx=1024, n_threads=2, n_threads_batch=2, n_batch=512, verbose=False)
-taken = []
-for length in map(int, sys.argv[2].split(",")):
-    prompt, prefills, steps = [17 + 37 * i % 40000 for i in range(length)], [], []
-    for repeat in range(6):
-        model.reset()
-        began = time.perf_counter(); model.eval(prompt); prefills.append(time.perf_counter() - began)
-        for _ in range(31):
-            began = time.perf_counter(); model.eval([17]); steps.append(time.perf_counter() - began)
-    middle = lambda values: 1e3 * sorted(values)[len(values) // 2]
-    taken.append([middle(prefills[1:]), middle(steps[31:])])
-print(json.dumps(taken))
+length = int(sys.argv[2])
+prompt, prefills, steps = [17 + 37 * i % 40000 for i in range(length)], [], []
+for repeat in range(6):
+    model.reset()
+    began = time.perf_counter(); model.eval(prompt); prefills.append(time.perf_counter() - began)
+    for _ in range(31):
+        began = time.perf_counter(); model.eval([17]); steps.append(time.perf_counter() - began)
+middle = lambda values: 1e3 * sorted(values)[len(values) // 2]
+print(json.dumps([middle(prefills[1:]), middle(steps[31:])]))
 """
 
 
@@ -162,17 +160,18 @@ class Bench:
         return {"found": found}
 
     def llama(self) -> Figures:
-        """Ours, then llama.cpp, both alone on the machine meanwhile."""
+        """Ours, then llama.cpp, both alone on the machine meanwhile, one length of prompt after the other."""
         full = self.engine.build(self.space.full)
-        ours = [self.engine.bench(full, load, max_seconds=self.seconds) for load in (WORKLOAD, LONG)]
-        command = [str(rivals.LLAMA / "python"), "-c", LLAMA, str(rivals.q8_0_file(self.cache)), "128,512"]
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
-        theirs = json.loads(done.stdout.splitlines()[-1])
-        return {
-            "ours": [[m.ttft_ms, m.tpot_ms] for m in ours],
-            "theirs": theirs,
-            "others_share": [m.conditions["others_share"] for m in ours],
-        }
+        command = [str(rivals.LLAMA / "python"), "-c", LLAMA, str(rivals.q8_0_file(self.cache))]
+        taken: Figures = {"ours": [], "theirs": [], "others_share": []}
+        for load in (WORKLOAD, LONG):
+            mine = self.engine.bench(full, load, max_seconds=self.seconds)
+            arguments = [*command, str(load.prompt_tokens)]
+            done = subprocess.run(arguments, check=True, capture_output=True, text=True)
+            taken["ours"].append([mine.ttft_ms, mine.tpot_ms])
+            taken["theirs"].append(json.loads(done.stdout.splitlines()[-1]))
+            taken["others_share"].append(mine.conditions["others_share"])
+        return taken
 
     def _fp32_logits(self, subnet: SubNetwork, ids: np.ndarray) -> np.ndarray:
         made = self.engine.export
