@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -120,6 +121,7 @@ class PackedModel:
         kept: dict[int, Kept] = {prefix: [] for prefix, _, _ in step.keep}
         last = len(self.layers) - 1
         masks = [call.mask(call.full, self.dtype) for call in step.calls]
+        places = [_Places(call.full) for call in step.calls]
         for index, layer in enumerate(self.layers[self._known :], self._known):
             normed = _normed(layer.input_norm, hidden)
             query, key, value = layer.project(normed, cos, sin)
@@ -131,8 +133,8 @@ class PackedModel:
                     return None
                 hidden = hidden.index_select(0, step.scored)
             attended = [
-                self._attend(call, index, query, key, value, mask if index < last else None)
-                for call, mask in zip(step.calls, masks, strict=True)
+                self._attend(call, index, query, key, value, place, mask if index < last else None)
+                for call, place, mask in zip(step.calls, places, masks, strict=True)
             ]
             mixed = torch.cat([part for part in attended if part is not None])
             hidden = layer.finish(hidden, mixed)
@@ -153,28 +155,45 @@ class PackedModel:
         return torch.cat([before[0], own[0]], 1), torch.cat([before[1], own[1]], 1)
 
     def _attend(
-        self, call: Call, layer: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+        self,
+        call: Call,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        full: _Places,
+        mask: Tensor | None,
     ) -> Tensor | None:
         """Attention output [rows of the call, heads * head dim]; without a mask, of scored rows only."""
-        rows = call.full if mask is not None else call.scored
-        if rows is None:
-            return None
-        mask = call.mask(rows, self.dtype) if mask is None else mask
-        q = _by_head(query, rows)
-        k, v = (_by_head(states, call.full) for states in (key, value))
+        places = full
+        if mask is None:
+            if call.scored is None:
+                return None
+            places, mask = _Places(call.scored), call.mask(call.scored, self.dtype)
+        q = _by_head(query, places)
+        k, v = (_by_head(states, full) for states in (key, value))
         if call.parent >= 0:
             before_k, before_v = self._kept[call.parent][layer - self._known]
-            k = torch.cat([before_k.expand(rows.batch, -1, -1, -1), k], 2)
-            v = torch.cat([before_v.expand(rows.batch, -1, -1, -1), v], 2)
+            k = torch.cat([before_k.expand(len(k), -1, -1, -1), k], 2)
+            v = torch.cat([before_v.expand(len(v), -1, -1, -1), v], 2)
         attention = _fused_attention if call.longest > LONG_ATTENTION else _attention
-        return attention(q, k, v, mask, rows)
+        return attention(q, k, v, mask, places)
 
 
-def _by_head(states: Tensor, rows: Rows) -> Tensor:
+class _Places:
+    """Where the rows of a call lie by heads: found once a pass, since plans are to stay small."""
+
+    def __init__(self, rows: Rows) -> None:
+        self.rows = rows
+        self.gather = cache(rows.gather_by_head)
+        self.valid = cache(rows.valid_by_head)
+
+
+def _by_head(states: Tensor, places: _Places) -> Tensor:
     """Packed states [N, heads, D] as a batch of trees [B, heads, L, D], gathered and permuted in one copy."""
     heads, dim = states.shape[1:]
-    picked = states.reshape(-1, dim).index_select(0, rows.gather_by_head(heads))
-    return picked.view(rows.batch, heads, rows.length, dim)
+    picked = states.reshape(-1, dim).index_select(0, places.gather(heads))
+    return picked.view(places.rows.batch, heads, places.rows.length, dim)
 
 
 def top_tokens(logits: Tensor) -> Tensor:
@@ -188,7 +207,7 @@ def top_tokens(logits: Tensor) -> Tensor:
     return best * _ARGMAX_BLOCK + within
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, rows: Rows) -> Tensor:
+def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, places: _Places) -> Tensor:
     """Grouped-query attention by two batched matrix products; q [B, H, L, D], k and v [B, G, K, D].
 
     Returns [n, H * D] for the rows that are no padding. The mask [B, L, K'] covers the last keys; all see
@@ -203,15 +222,15 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, rows: Rows) -> Ten
     own.add_(mask[:, None, None])
     weights = scores.softmax(-1)
     mixed = torch.bmm(weights, v.reshape(batch * groups, keys, dim))
-    return mixed.view(-1, dim).index_select(0, rows.valid_by_head(heads)).view(-1, heads * dim)
+    return mixed.view(-1, dim).index_select(0, places.valid(heads)).view(-1, heads * dim)
 
 
-def _fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, rows: Rows) -> Tensor:
+def _fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, places: _Places) -> Tensor:
     """The same through the fused kernel, for long sequences."""
     batch, heads, length, dim = q.shape
     mask = F.pad(mask[:, None], (k.shape[2] - mask.shape[-1], 0))
     mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0, enable_gqa=heads > k.shape[1])
-    return mixed.transpose(1, 2).reshape(batch * length, heads * dim).index_select(0, rows.valid)
+    return mixed.transpose(1, 2).reshape(batch * length, heads * dim).index_select(0, places.rows.valid)
 
 
 @dataclass(frozen=True)

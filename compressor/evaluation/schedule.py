@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby
 
 import numpy as np
@@ -33,26 +33,17 @@ class Rows:
     gather: Tensor
     valid: Tensor
     offsets: Tensor
-    _by_head: dict[tuple[str, int], Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def gather_by_head(self, heads: int) -> Tensor:
         """int64[B * heads * L] into block rows by heads [N * heads]: the padded batch as [B, heads, L]."""
-        if ("gather", heads) not in self._by_head:
-            head = torch.arange(heads, device=self.gather.device)[:, None]
-            picked = self.gather.view(self.batch, 1, self.length) * heads + head
-            self._by_head["gather", heads] = picked.flatten()
-        return self._by_head["gather", heads]
+        head = torch.arange(heads, device=self.gather.device)[:, None]
+        return (self.gather.view(self.batch, 1, self.length) * heads + head).flatten()
 
     def valid_by_head(self, heads: int) -> Tensor:
         """int64[n * heads] into [B * heads * L]: the real rows of each head, as [n, heads]."""
-        if ("valid", heads) not in self._by_head:
-            head = torch.arange(heads, device=self.valid.device)
-            tree = self.valid // self.length
-            first = (tree * heads)[:, None] + head
-            self._by_head["valid", heads] = (
-                first * self.length + (self.valid % self.length)[:, None]
-            ).flatten()
-        return self._by_head["valid", heads]
+        head = torch.arange(heads, device=self.valid.device)
+        first = (self.valid // self.length * heads)[:, None] + head
+        return (first * self.length + (self.valid % self.length)[:, None]).flatten()
 
 
 @dataclass(frozen=True)
