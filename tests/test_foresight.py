@@ -13,6 +13,7 @@ from compressor.ledger import Ledger
 from compressor.measurement import Measurement
 from compressor.pipeline.candidates import MEASURE, PREDICTED, Evaluator, Terms
 from compressor.pipeline.context import Context
+from compressor.pipeline.foresight import Foresight
 from compressor.pipeline.searching import make_problem, search
 from compressor.profile import load_profile
 from compressor.request import RunRequest, effort
@@ -59,6 +60,33 @@ def searched(
     imagined = Device()
     evaluator = Evaluator(ledger, terms, imagined.score, imagined.bench)
     return search(context, make_problem(profile, SPACE, terms), evaluator), imagined, ledger
+
+
+def test_figures_taken_in_turns_are_compared_by_their_ratio(tmp_path: Path) -> None:
+    class Shared(Device):
+        """Half as fast in every second measurement."""
+
+        def bench(self, subnet: SubNetwork) -> Measurement:
+            measured = super().bench(subnet)
+            slower = 1 + len(self.built) % 2
+            beside = {
+                "ttft_ratio": tpot(subnet) / FULL_TPOT,
+                "tpot_ratio": tpot(subnet) / FULL_TPOT,
+                "reference_ttft_ms": 20 * FULL_TPOT * slower,
+                "reference_tpot_ms": FULL_TPOT * slower,
+            }
+            times = measured.ttft_ms * slower, measured.tpot_ms * slower
+            return Measurement(*times, 1e3, conditions=beside)
+
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    profile = load_profile("starter-cpu")
+    terms = Terms(SHAPE, "w", "t", "bf16", "int8", "toy", "onnxruntime", profile.workload)
+    imagined = Shared()
+    foresight = Foresight(Evaluator(ledger, terms, imagined.score, imagined.bench), 1.0, 1.0)
+    model = foresight.prepare(make_problem(profile, SPACE, terms))
+    assert model is not None and model.error < 0.01
+    estimates = [model.predict(subnet).tpot_ms / tpot(subnet) for subnet in SPACE.uniform_subnetworks()]
+    assert max(estimates) < 1.01 * min(estimates) and 1 <= min(estimates) <= 2
 
 
 @pytest.mark.parametrize("algorithm", ["linas", "random"])

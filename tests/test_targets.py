@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from compressor import device
+from compressor.engines import host
+from compressor.engines.onnx_export import export
 from compressor.errors import InputError, UnfitMachineError
+from compressor.events import Event, Message
+from compressor.ledger import Ledger
 from compressor.pipeline import targets
-from compressor.pipeline.targets import check_target
+from compressor.pipeline.context import Context
+from compressor.pipeline.targets import OnnxTarget, check_target
 from compressor.presets import PRESETS
 from compressor.profile import Profile
 from compressor.request import RunRequest
+from compressor.runfolder import RunFolder, Weights
+from compressor.space import SubNetwork
+
+FULL, SMALL = SubNetwork((0, 1, 2, 3), (128,) * 4), SubNetwork((0, 3), (64, 32), (4, 8))
 
 
 def ask(cluster: str = "", **profile: object) -> RunRequest:
@@ -48,3 +59,44 @@ def test_what_is_here_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(targets, "vllm_python", lambda: Path("python"))
     check_target(ask())
     check_target(ask(engine="onnxruntime", numerics="int4"))
+
+
+@pytest.fixture
+def told() -> list[Event]:
+    return []
+
+
+@pytest.fixture
+def target(tiny_model_folder: Path, tmp_path: Path, told: list[Event]) -> OnnxTarget:
+    request = ask(engine="onnxruntime").model_copy(
+        update={"effort": replace(PRESETS["quick"], bench_seconds=0.1)}
+    )
+    run = RunFolder.create_or_update(tmp_path / "run", request.model_dump(mode="json"))
+    context = Context(run, request, Ledger(run.ledger), device.detect(), told.append)
+    made = export(tiny_model_folder, tmp_path / "export", (8, 4))
+    return OnnxTarget(context, FULL, Weights(tiny_model_folder, made.folder))
+
+
+def test_on_a_disturbed_machine_sub_networks_are_measured_in_turns(
+    target: OnnxTarget, told: list[Event], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host, "OTHER_LOAD_SHARE", -1.0)
+    first = target.bench(SMALL)
+    monkeypatch.undo()
+    later = target.bench(SubNetwork((1,), (32,)))
+    for measured in (first, later):
+        assert measured.conditions["tpot_ratio"] > 0 and measured.conditions["reference_tpot_ms"] > 0
+    (message,) = [event.text for event in told if isinstance(event, Message)]
+    assert message.startswith("other processes used") and "in turns" in message
+
+
+def test_where_memory_lacks_for_both_a_sub_network_is_measured_alone(
+    target: OnnxTarget, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none_free(needed_bytes: int) -> None:
+        raise UnfitMachineError(f"{needed_bytes} bytes are needed")
+
+    monkeypatch.setattr(host, "OTHER_LOAD_SHARE", -1.0)
+    monkeypatch.setattr(targets, "require_free_memory", none_free)
+    measured = target.bench(SMALL)
+    assert "tpot_ratio" not in measured.conditions and measured.conditions["unfit"]

@@ -22,6 +22,10 @@ MAX_STEPS = 48
 PRECISION = 0.05
 """Repeats stop once the 95% interval of both medians is narrower than this share of the median."""
 
+NOISY = 0.1
+"""Quartiles of the repeats further apart than this share of the median are the machine's doing: its speed
+changed meanwhile, and the figures are marked. (One slow repeat among many says nothing.)"""
+
 
 class Runner(Protocol):
     """A loaded model and one static batch of prompts."""
@@ -66,6 +70,17 @@ class Timings:
         return all(
             relative_interval(values) < PRECISION for values in (self.prefills, self.step_medians) if values
         )
+
+    @property
+    def faults(self) -> list[str]:
+        """What four repeats or more say of a machine whose own speed changed meanwhile."""
+        taken = {"TTFT": self.prefills, "TPOT": self.step_medians}
+        spreads = {name: _spread(values) for name, values in taken.items() if len(values) >= 4}
+        return [
+            f"{name} varied: its quartiles lie {spread:.0%} of the median apart"
+            for name, spread in spreads.items()
+            if spread > NOISY
+        ]
 
     def _steps_by_repeat(self) -> list[list[float]]:
         count = len(self.steps) // max(1, self.repeats)
@@ -135,10 +150,13 @@ def summarise(
     peak_memory_bytes: int = 0,
     conditions: Mapping[str, Any] | None = None,
 ) -> Measurement:
-    """Medians and 90th percentiles of what was timed."""
+    """Medians and 90th percentiles of what was timed; ``unfit`` among the conditions if it kept changing."""
     ttft = statistics.median(timings.prefills)
     tpot = statistics.median(timings.step_medians) if timings.step_medians else 0.0
     request = ttft + (workload.output_tokens - 1) * tpot
+    found = dict(conditions or {})
+    if reasons := [*found.get("unfit", []), *timings.faults]:
+        found["unfit"] = reasons
     return Measurement(
         ttft_ms=1e3 * ttft,
         tpot_ms=1e3 * tpot,
@@ -147,7 +165,7 @@ def summarise(
         ttft_p90_ms=1e3 * percentile(timings.prefills, 0.9),
         tpot_p90_ms=1e3 * percentile(timings.steps, 0.9),
         repeats=timings.repeats,
-        conditions=dict(conditions or {}),
+        conditions=found,
     )
 
 
@@ -161,7 +179,13 @@ def relative_interval(values: Sequence[float]) -> float:
         return float("inf")
     middle = statistics.median(values)
     spread = 1.4826 * statistics.median([abs(value - middle) for value in values])
-    return float(2 * 1.96 * 1.2533 * spread / len(values) ** 0.5 / middle)
+    return float(2 * 1.96 * 1.2533 * spread / len(values) ** 0.5 / middle) if spread else 0.0
+
+
+def _spread(values: Sequence[float]) -> float:
+    """Distance of the quartiles, as a share of the median."""
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return (high - low) / middle if high > low else 0.0
 
 
 def percentile(values: Sequence[float], share: float) -> float:

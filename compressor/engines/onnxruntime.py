@@ -13,7 +13,7 @@ import numpy.typing as npt
 import onnx
 import onnxruntime as ort
 
-from compressor.engines.bench import PRECISION, Timings, summarise, time_workload
+from compressor.engines.bench import PRECISION, Timings, summarise, time_workload, warm_up
 from compressor.engines.host import HostWatch, host_conditions
 from compressor.engines.memory import peak_bytes, reset_peak, resident_bytes
 from compressor.engines.onnx_graph import Logits, build_graph
@@ -99,9 +99,11 @@ class OnnxRuntimeEngine:
         precision: float = PRECISION,
     ) -> Measurement:
         """As ``bench``, taking turns with a reference; the conditions hold its figures and the ratios."""
+        other = self.runner(reference, workload)
+        warm_up(other, workload)  # what it takes of memory is not the candidate's
         watch, before = HostWatch(), resident_bytes()
         reset_peak()
-        runners = self.runner(candidate, workload), self.runner(reference, workload)
+        runners = self.runner(candidate, workload), other
         mine, theirs, ratio = time_pair(*runners, workload, max_seconds=max_seconds, precision=precision)
         measured = self._measurement(candidate, workload, mine, peak_bytes() - before, watch)
         beside = summarise(theirs, workload)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from statistics import median
 
 from compressor.engines.speed import SpeedEstimate, SpeedModel, fit_speed, panel
 from compressor.ledger import Row
@@ -86,8 +87,7 @@ class Foresight:
         return replace(self.terms.outcome(row.subnet, (row,)), status="infeasible")
 
     def _still_over(self, row: Row) -> bool:
-        error = float(str(row.details["error"]))
-        estimate = SpeedEstimate(row.metrics["ttft_ms"], row.metrics["tpot_ms"], error)
+        estimate = SpeedEstimate(row.metrics["ttft_ms"], row.metrics["tpot_ms"], _detail(row, "error"))
         return estimate.lucky_ttft_ms > self.ttft_ms or estimate.lucky_tpot_ms > self.tpot_ms
 
     def _easily(self, row: Row) -> bool:
@@ -97,8 +97,20 @@ class Foresight:
 
 def _fitted(rows: Sequence[Row]) -> SpeedModel | None:
     measured = [row for row in rows if row.status == "ok"]
-    return fit_speed(
-        [row.subnet for row in measured],
-        [row.metrics["ttft_ms"] for row in measured],
-        [row.metrics["tpot_ms"] for row in measured],
-    )
+    times = [_steady(measured, name) for name in ("ttft", "tpot")]
+    return fit_speed([row.subnet for row in measured], *times)
+
+
+def _steady(rows: Sequence[Row], name: str) -> list[float]:
+    """Times in ms. Of those taken in turns, as their ratio to the full super-network's, at its median time:
+    on a machine whose speed changes that is what compares."""
+    beside = [_detail(row, f"reference_{name}_ms") for row in rows if f"{name}_ratio" in row.details]
+    usual = median(beside) if beside else 0.0
+    return [
+        usual * _detail(row, f"{name}_ratio") if f"{name}_ratio" in row.details else row.metrics[f"{name}_ms"]
+        for row in rows
+    ]
+
+
+def _detail(row: Row, name: str) -> float:
+    return float(str(row.details[name]))

@@ -115,6 +115,7 @@ class OnnxTarget:
     def __init__(self, context: Context, largest: SubNetwork, weights: Weights) -> None:
         self._context, self._largest, self._weights = context, largest, weights
         self._profile = context.request.profile
+        self._in_turns = False
 
     @cached_property
     def engine(self) -> OnnxRuntimeEngine:
@@ -129,16 +130,24 @@ class OnnxTarget:
         return self.engine.build(self._largest, self._profile.numerics)
 
     def bench(self, subnet: SubNetwork) -> Measurement:
-        """Measured here or on the cluster's node. Where other load disturbs it here, again in turns with
-        the full super-network, so that its figures carry their ratio to that."""
+        """Measured here or on the cluster's node. Once something disturbed a measurement here, that and all
+        later ones are taken in turns with the full super-network and carry their ratio to it: unless the
+        model is so slow that it is run just once, or memory lacks for both."""
         workload, seconds = self._profile.workload, self._context.request.effort.bench_seconds
         if self._context.cluster is not None:
             return self._apart(self.engine, subnet, self._profile.numerics, seconds)
         candidate = self.engine.build(subnet, self._profile.numerics)
-        measured = self.engine.bench(candidate, workload, max_seconds=seconds)
-        if "unfit" not in measured.conditions:
-            return measured
-        return self.engine.bench_against(candidate, self._reference, workload, max_seconds=seconds / 2)
+        if not self._in_turns:
+            measured = self.engine.bench(candidate, workload, max_seconds=seconds)
+            disturbed = "unfit" in measured.conditions and measured.repeats > 1
+            if not disturbed or not self._has_room_for_both():
+                return measured
+            self._in_turns = True
+            self._context.say(
+                f"{measured.conditions['unfit'][0]}; from here on sub-networks are measured in turns with "
+                "the full super-network"
+            )
+        return self.engine.bench_against(candidate, self._reference, workload, max_seconds=seconds)
 
     def bench_longer(self, subnet: SubNetwork, exactness: Exactness | None, seconds: float) -> Measurement:
         return self._apart(self.engine, subnet, self._profile.numerics, seconds, _fine(exactness))
@@ -186,6 +195,16 @@ class OnnxTarget:
 
     def close(self) -> None:
         """Nothing stays."""
+
+    def _has_room_for_both(self) -> bool:
+        """Whether the full super-network fits beside the candidate that is loaded."""
+        profile, shape = self._profile, self.engine.export.shape
+        needed = required_memory_bytes(shape, self._largest, profile.workload, profile.numerics).total
+        try:
+            require_free_memory(needed)
+        except UnfitMachineError:
+            return False
+        return True
 
     def _apart(
         self,

@@ -153,6 +153,30 @@ def test_a_model_that_keeps_changing_is_measured_until_time_is_up() -> None:
 
     timings = time_workload(Slowing(0.01, 0.0), WORKLOAD, max_seconds=3)
     assert not timings.settled and sum(timings.prefills) >= 3
+    (reason,) = summarise(timings, WORKLOAD).conditions["unfit"]
+    assert reason.startswith("TTFT varied")
+
+
+def test_a_machine_of_two_speeds_is_told_beside_what_else_was_wrong() -> None:
+    class Flipping(Sleeper):
+        def prefill(self) -> None:
+            slower = 1 + self.calls.count("prefill") % 2
+            self.times = 0.02 * slower, 0.004 * slower
+            super().prefill()
+
+    timings = time_workload(Flipping(0.0, 0.0), WORKLOAD, max_seconds=0.5)
+    measured = summarise(timings, WORKLOAD, conditions={"unfit": ["the clock jumped"]})
+    assert [reason.split(" varied")[0] for reason in measured.conditions["unfit"]] == [
+        "the clock jumped",
+        "TTFT",
+        "TPOT",
+    ]
+
+
+@pytest.mark.parametrize("prefill", [0.02, 0.2])
+def test_a_steady_model_is_not_marked_however_few_its_repeats(prefill: float) -> None:
+    measured = summarise(time_workload(Sleeper(prefill, 0.004), WORKLOAD, max_seconds=0.1), WORKLOAD)
+    assert "unfit" not in measured.conditions
 
 
 def test_what_slows_both_leaves_the_ratio() -> None:
