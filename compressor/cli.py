@@ -340,7 +340,7 @@ def replan(
 @app.command()
 def package(
     run: RunArgument,
-    pick: Annotated[str, typer.Option(help="best, smallest, fastest, or a sub-network's digest.")] = "best",
+    pick: Annotated[str, typer.Option(help="winner, best, smallest, fastest, or a digest.")] = "best",
     out: Annotated[Path | None, typer.Option(help="Folder to write [default: RUN/package-PICK].")] = None,
     engine: Annotated[
         str, typer.Option(help="What will serve it, onnxruntime or vllm [default: what the run measured in].")

@@ -245,7 +245,13 @@ def test_another_pick_can_be_packaged(finished: Path, tmp_path: Path) -> None:
     again = compress("package", str(finished), "--pick", "smallest", "--out", str(tmp_path / "small"))
     assert again.returncode == 2 and "exists" in again.stderr
     unknown = compress("package", str(finished), "--pick", "nicest")
-    assert unknown.returncode == 2 and "nicest" in unknown.stderr
+    assert unknown.returncode == 2 and "'nicest': use winner, best, smallest, fastest" in unknown.stderr
+    assert (
+        compress("package", str(finished), "--pick", "winner", "--out", str(tmp_path / "again")).returncode
+        == 0
+    )
+    packaged = [read_manifest(folder).architecture for folder in (finished / "package", tmp_path / "again")]
+    assert packaged[0] == packaged[1]
 
 
 def test_the_report_prints_a_table_and_writes_the_page_anew(finished: Path) -> None:

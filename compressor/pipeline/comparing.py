@@ -22,11 +22,9 @@ from compressor.errors import InputError
 from compressor.evaluation.encoding import Encoded
 from compressor.events import Listener
 from compressor.pipeline.base import compute_device, compute_dtype, load_to_compute
-from compressor.pipeline.candidates import known_outcomes
 from compressor.pipeline.context import Result, run_stage
-from compressor.pipeline.exporting import winner_of
 from compressor.pipeline.report_data import save_comparison, score_of
-from compressor.pipeline.run import Workshop, picked, reopened, tuned_weights, write_report
+from compressor.pipeline.run import Workshop, reopened, tuned_weights, write_report
 from compressor.pipeline.tuning import (
     NEURON_SEQUENCES,
     batches,
@@ -68,7 +66,7 @@ def compare(run: Path, pick: str, minutes: float | None, listener: Listener) -> 
     What is finished is kept in the run's folder, and the result shown in its report. Raises ``InputError``.
     """
     with reopened(run, listener) as workshop:
-        subnet = _subnet(workshop, pick)
+        subnet = workshop.picked(pick).subnet
         shape = workshop.plan.shape
         full = parameter_count(shape, workshop.space.full)
         if parameter_count(shape, subnet) >= full:
@@ -80,13 +78,6 @@ def compare(run: Path, pick: str, minutes: float | None, listener: Listener) -> 
     save_comparison(workshop.context.folder, subnet, comparison)
     write_report(run)
     return comparison
-
-
-def _subnet(workshop: Workshop, pick: str) -> SubNetwork:
-    if pick == "winner":
-        return winner_of(workshop.context.folder)
-    outcomes = known_outcomes(workshop.context.ledger, workshop.terms)
-    return picked(workshop.problem, outcomes, pick).subnet
 
 
 class _Comparing:

@@ -14,11 +14,11 @@ from compressor.engines.onnx_store import UNQUANTIZED
 from compressor.environments import vllm_python
 from compressor.errors import InputError, UnfitMachineError
 from compressor.events import Listener, Message
-from compressor.manifest import Accuracy, read_manifest
+from compressor.manifest import Accuracy
 from compressor.pipeline.accuracy import AccuracyTask
 from compressor.pipeline.artefacts import VllmArtefact
-from compressor.pipeline.candidates import known_outcomes
 from compressor.pipeline.deliver import accuracy_entry
+from compressor.pipeline.winner import winner_of
 from compressor.profile import EngineName
 from compressor.request import stored_request
 from compressor.runfolder import RUN_FILE, RunFolder
@@ -76,7 +76,7 @@ def package_for(run: Path, engine: str, pick: str, out: Path | None, listener: L
     packaged for vLLM: scored where that is installed, else the manifest says no accuracy, and not measured.
     Raises ``InputError``, ``PackageError``, ``UnfitMachineError``.
     """
-    from compressor.pipeline.run import package_pick, picked, reopened
+    from compressor.pipeline.run import package_pick, reopened
 
     own = stored_request(RunFolder.open_existing(run)).profile.engine
     if engine in ("", own):
@@ -90,8 +90,7 @@ def package_for(run: Path, engine: str, pick: str, out: Path | None, listener: L
         )
     target = out or run / f"package-{pick}-vllm"
     with reopened(run, listener) as workshop:
-        outcomes = known_outcomes(workshop.context.ledger, workshop.terms)
-        chosen = _of_run(workshop.context.folder, picked(workshop.problem, outcomes, pick).subnet)
+        chosen = _of_run(workshop.context.folder, workshop.picked(pick).subnet)
         origin = chosen.in_8_bits
         if origin != chosen:
             listener(Message("vLLM's packages have no layers of 4 bits: they get 8", "warning"))
@@ -157,17 +156,11 @@ def _whole_model(folder: Path) -> Origin:
     return Origin(folder, SubNetwork(layers, (shape.intermediate_size,) * len(layers)), fields, narrow)
 
 
-def winner_of(folder: RunFolder) -> SubNetwork:
-    """The sub-network that the run packaged. Raises ``PackageError`` where there is none."""
-    return SubNetwork.from_dict(read_manifest(folder.package).architecture.model_dump())
-
-
 def _picked(path: Path, pick: str, listener: Listener) -> SubNetwork:
-    from compressor.pipeline.run import picked, reopened
+    from compressor.pipeline.run import reopened
 
     with reopened(path, listener) as workshop:
-        outcomes = known_outcomes(workshop.context.ledger, workshop.terms)
-        return picked(workshop.problem, outcomes, pick).subnet
+        return workshop.picked(pick).subnet
 
 
 def _write_gguf(origin: Origin, target: Path, numerics: str, _portable: bool) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property, partial
@@ -42,7 +42,7 @@ from compressor.pipeline.searching import make_problem, search
 from compressor.pipeline.targets import Target, check_target, make_target
 from compressor.pipeline.tuning import tune_alone, tuned_stage, tuning_inputs
 from compressor.pipeline.verdict import Verdict
-from compressor.pipeline.winner import FINAL_SECONDS_FACTOR, Finalist, decide, finish
+from compressor.pipeline.winner import FINAL_SECONDS_FACTOR, Finalist, decide, finish, winner_of
 from compressor.report.data import ReportData
 from compressor.report.html import report as write_page
 from compressor.request import RunRequest, stored_request
@@ -52,6 +52,13 @@ from compressor.search.problem import Outcome, Problem
 from compressor.space import Numerics, SearchSpace, SubNetwork
 from compressor.supernet.elastic import Elastic
 from compressor.supernet.folder import SupernetInfo, load_supernet, read_info
+
+PICKS: Mapping[str, Callable[[Outcome], float]] = {
+    "best": lambda outcome: outcome.values["accuracy"],
+    "smallest": lambda outcome: -outcome.values["weight_bytes"],
+    "fastest": lambda outcome: outcome.values["throughput_tok_s"],
+}
+"""Rules to pick from the front by: the one of which this is largest."""
 
 
 class Workshop:
@@ -155,6 +162,23 @@ class Workshop:
         other = Workshop(self.context, self.plan, read_info(weights.supernet), self.space, weights)
         other.task = self.task
         return other
+
+    def picked(self, pick: str) -> Outcome:
+        """What was evaluated of the sub-network that ``pick`` names: ``winner``, a rule, or its digest.
+
+        Raises ``InputError``."""
+        outcomes = known_outcomes(self.context.ledger, self.terms)
+        front = pareto_front(self.problem, outcomes)
+        if pick in PICKS and front:
+            return max(front, key=PICKS[pick])
+        digest = winner_of(self.context.folder).digest if pick == "winner" else pick
+        for outcome in outcomes:
+            if outcome.subnet.digest == digest:
+                return outcome
+        raise InputError(
+            f"the run has no sub-network '{pick}': use winner, {', '.join(PICKS)}, or a digest of "
+            "`compress replan`"
+        )
 
     def close(self) -> None:
         self.target.close()
@@ -334,7 +358,7 @@ def write_report(path: Path) -> Verdict:
 
 
 def package_pick(path: Path, pick: str, out: Path | None, listener: Listener) -> Path:
-    """Package another sub-network of a finished run: its digest, or best, smallest or fastest.
+    """Package a sub-network of a finished run: see ``Workshop.picked``.
 
     Raises ``InputError`` for a pick that the run does not know, or a folder that exists.
     """
@@ -343,7 +367,7 @@ def package_pick(path: Path, pick: str, out: Path | None, listener: Listener) ->
         raise InputError(f"{target} exists: delete it, or choose another folder with --out")
     with reopened(path, listener) as workshop:
         context = workshop.context
-        outcome = picked(workshop.problem, known_outcomes(context.ledger, workshop.terms), pick)
+        outcome = workshop.picked(pick)
         best = workshop.of(context.folder.weights_of(outcome.subnet.digest))
         with closing(best):
             finalist = finish(context, best.terms, best.target, best.task, outcome)
@@ -366,21 +390,3 @@ def reopened(path: Path, listener: Listener) -> Iterator[Workshop]:
         space = replace(plan.space, drop_order=info.drop_order)
         with closing(Workshop(context, plan, info, space)) as workshop:
             yield workshop
-
-
-def picked(problem: Problem, outcomes: Sequence[Outcome], pick: str) -> Outcome:
-    """The outcome that ``pick`` names. Raises ``InputError``."""
-    front = pareto_front(problem, outcomes)
-    rules: dict[str, Callable[[Outcome], float]] = {
-        "best": lambda o: o.values["accuracy"],
-        "smallest": lambda o: -o.values["weight_bytes"],
-        "fastest": lambda o: o.values["throughput_tok_s"],
-    }
-    if pick in rules and front:
-        return max(front, key=rules[pick])
-    for outcome in outcomes:
-        if outcome.subnet.digest == pick:
-            return outcome
-    raise InputError(
-        f"the run has no sub-network '{pick}': use {', '.join(rules)}, or a digest of `compress replan`"
-    )

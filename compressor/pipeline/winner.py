@@ -8,12 +8,14 @@ from dataclasses import dataclass, replace
 from compressor.engines.onnx_exact import Exactness
 from compressor.errors import UnfitMachineError
 from compressor.ledger import Key, Row
+from compressor.manifest import read_manifest
 from compressor.measurement import Measurement
 from compressor.pipeline.accuracy import AccuracyTask
 from compressor.pipeline.candidates import Terms, paired_ties
 from compressor.pipeline.context import Context
 from compressor.pipeline.replanning import budget_limits
 from compressor.pipeline.targets import Target
+from compressor.runfolder import RunFolder
 from compressor.search.front import Choice, choose_winner
 from compressor.search.problem import Outcome
 from compressor.space import SubNetwork
@@ -163,3 +165,8 @@ def _shipped(terms: Terms, exactness: Exactness | None) -> str:
 
 def _fine(exactness: Exactness | None) -> tuple[str, ...]:
     return exactness.fine_inputs if exactness else ()
+
+
+def winner_of(folder: RunFolder) -> SubNetwork:
+    """The sub-network that the run packaged. Raises ``PackageError`` where there is none."""
+    return SubNetwork.from_dict(read_manifest(folder.package).architecture.model_dump())
