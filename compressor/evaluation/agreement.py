@@ -87,8 +87,6 @@ class AgreementText:
         ``rivals`` are ``Score.items`` of sub-networks that are no worse in every other objective.
         """
         rows = self.rows(split, limit)
-        if not rivals:
-            return Raced(self.score(predict, split, limit), None, len(rows), len(rows))
         shares = np.full(len(rows), np.nan)
 
         def evaluate(rung: int, items: Tokens) -> NDArray[np.float64]:
@@ -96,7 +94,7 @@ class AgreementText:
             shares[items] = self._shares(predict, rows[items])
             return shares[items]
 
-        return run_race(evaluate, lambda: self._items(shares, split), rivals, self.seed, alpha)
+        return run_race(evaluate, lambda: self._items(shares, split), rivals, len(rows), self.seed, alpha)
 
     def rows(self, split: Split, limit: int | None = None) -> NDArray[np.intp]:
         """Row numbers of a split: even rows for the search, odd rows for the report."""

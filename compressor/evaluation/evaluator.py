@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 RACING_OVERHEAD = 1.25
 """Most tokens that a race run to its end may cost, in those of scoring all items at once."""
+RUNG_TOKENS = 4096
+"""Fewest tokens of a rung: with fewer, threads wait for each other at the end of each."""
 
 
 class TaskEvaluator:
@@ -78,12 +80,14 @@ class TaskEvaluator:
         """Score a model, but stop once a rival is more accurate at the stated error rate ``alpha``.
 
         ``rivals`` are ``Score.items`` of sub-networks that are no worse in every other objective. With
-        none, this is a full evaluation.
+        none, this is a full evaluation, rung by rung all the same: in bf16 an item's score depends a
+        little on what is computed beside it, and those that are compared are to be computed alike.
         """
         from compressor.evaluation.scorer import score_plan
 
         prepared = self.prepare(split)
-        if not rivals:
+        looks = prepared.looks(self.seed)
+        if looks == 1:
             return Raced(self.score(model, split, shared), None, prepared.num_items, prepared.num_items)
         found: list[tuple[Prepared, Likelihoods]] = []
 
@@ -92,8 +96,10 @@ class TaskEvaluator:
             found.append((part, score_plan(part.plan(), model, shared)))
             return part.items(found[-1][1]).values
 
-        looks = prepared.looks(self.seed)
-        return run_race(evaluate, lambda: prepared.joined(found), rivals, self.seed, alpha, looks)
+        def finish() -> Items:
+            return prepared.joined(found)
+
+        return run_race(evaluate, finish, rivals, prepared.num_items, self.seed, alpha, looks)
 
     def score_artefact(self, likelihoods: LikelihoodsOf, split: Split = "report") -> Score:
         """Accuracy of the artefact itself, by what its engine makes of the requests."""
@@ -169,10 +175,12 @@ class Prepared:
         return self._parts[rung]
 
     def looks(self, seed: int) -> int:
-        """Rungs of a race: fewer where items share long prefixes, which every rung computes anew."""
+        """Rungs of a race: fewer where items are short, and where they share long prefixes, which every rung
+        computes anew."""
         if self._looks is None:
-            most = RACING_OVERHEAD * self.plan().packing.tokens
-            self._looks = most_looks(self.num_items)
+            tokens = self.plan().packing.tokens
+            most = RACING_OVERHEAD * tokens
+            self._looks = max(1, min(most_looks(self.num_items), tokens // RUNG_TOKENS))
             while self._looks > 1 and self._tokens(seed, self._looks) > most:
                 self._looks //= 2
                 self._parts.clear()

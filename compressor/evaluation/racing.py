@@ -68,6 +68,7 @@ def run_race(
     evaluate: Callable[[int, Indices], NDArray[np.floating[Any]]],
     finish: Callable[[], Items],
     rivals: Sequence[bytes],
+    total: int,
     seed: int = 0,
     alpha: float = ALPHA,
     looks: int | None = None,
@@ -75,18 +76,17 @@ def run_race(
     """Score rung after rung until a rival has won or all items are scored.
 
     ``evaluate(rung, items)`` gives the items' values; ``finish()`` the results of all items after the
-    last rung. ``rivals`` are ``Score.items`` of full evaluations on the same items. The chance to stop
-    a sub-network that is truly as accurate (over all items) as every rival is at most ``alpha``,
+    last rung. ``rivals`` are ``Score.items`` of full evaluations on the same ``total`` items. The chance
+    to stop a sub-network that is truly as accurate (over all items) as every rival is at most ``alpha``,
     however many rungs (``looks``) there are.
     """
     known = [Items.unpack(rival) for rival in rivals]
-    total = len(known[0].values)
     order, parts = race_order(total, seed), rungs(total, seed, looks)
     values = np.full(total, np.nan)
     for number, part in enumerate(parts):
         values[part] = evaluate(number, part)
-        if number == len(parts) - 1:
-            break
+        if number == len(parts) - 1 or not known:
+            continue
         ordered = order[~np.isnan(values[order])]
         winner = _winner(known, values, ordered, total, alpha)
         if winner is not None:

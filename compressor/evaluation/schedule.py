@@ -12,10 +12,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from compressor.evaluation.packing import Packing, Tree
+from compressor.evaluation.workers import most_workers
 
 BLOCK_BYTES = {"cpu": 4096, "cuda": 32768}
 """Tokens of a forward pass times bytes of a number: enough to keep the matrix units busy, few enough to
 stay in the caches."""
+LEAST_BLOCK_TOKENS = 256
+"""Fewer are not shared out among threads."""
 WAVE_TOKENS = 8192
 """Tokens of prefixes whose keys and values are kept at once."""
 
@@ -94,13 +97,14 @@ def schedule(packing: Packing, device: torch.device, dtype: torch.dtype) -> list
     """Forward passes in an order that respects prefixes. Made once for any number of sub-networks."""
     first_rows = np.cumsum([0, *(len(tree.scored) for tree in packing.trees)])
     budget = BLOCK_BYTES.get(device.type, BLOCK_BYTES["cpu"]) // dtype.itemsize
+    workers = most_workers() if device.type == "cpu" else 1
     layout = _Layout(packing, first_rows, device)
     steps = []
     last_reader = _last_readers(packing)
     for prefixes, leaves in _waves(packing):
         for level in _levels(packing, prefixes):
-            steps += [layout.step(block, kept=True) for block in _blocks(packing, level, budget)]
-        steps += [layout.step(block, kept=False) for block in _blocks(packing, leaves, budget)]
+            steps += [layout.step(block, kept=True) for block in _blocks(packing, level, budget, workers)]
+        steps += [layout.step(block, kept=False) for block in _blocks(packing, leaves, budget, workers)]
         done = prefixes[-1] if prefixes else -1
         drop = tuple(p for p, reader in enumerate(last_reader) if reader <= done)
         steps[-1] = _with_drop(steps[-1], drop)
@@ -134,19 +138,20 @@ def _levels(packing: Packing, prefixes: Sequence[int]) -> list[list[int]]:
     return [list(group) for _, group in groupby(ordered, key=level.__getitem__)]
 
 
-def _blocks(packing: Packing, numbers: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Trees sorted by prefix and length, cut into blocks of about ``budget`` tokens."""
+def _blocks(packing: Packing, numbers: Sequence[int], budget: int, workers: int) -> Iterator[list[int]]:
+    """Trees sorted by prefix and length, cut into even blocks of at most about ``budget`` tokens: as many
+    for each of the ``workers`` that take them, unless there are too few tokens to share."""
+    if not numbers:
+        return
     ordered = sorted(numbers, key=lambda t: (packing.trees[t].parent, len(packing.trees[t])))
-    block: list[int] = []
-    tokens = 0
-    for number in ordered:
-        if block and tokens + len(packing.trees[number]) > budget:
-            yield block
-            block, tokens = [], 0
-        block.append(number)
-        tokens += len(packing.trees[number])
-    if block:
-        yield block
+    ends = np.cumsum([len(packing.trees[number]) for number in ordered])
+    starts, total = np.concatenate([[0], ends[:-1]]), int(ends[-1])
+    count = -(-total // budget)
+    if total >= workers * LEAST_BLOCK_TOKENS:
+        count = -(-count // workers) * workers
+    places = ((starts + ends) * count // (2 * total)).tolist()  # of the trees' middles
+    for _, block in groupby(zip(places, ordered, strict=True), key=lambda pair: pair[0]):
+        yield [number for _, number in block]
 
 
 def _last_readers(packing: Packing) -> list[int]:

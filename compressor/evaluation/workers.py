@@ -19,6 +19,11 @@ MOST_WORKERS = 4
 T = TypeVar("T")
 
 
+def most_workers() -> int:
+    """Pieces that are worked on at a time, if there are as many."""
+    return min(MOST_WORKERS, torch.get_num_threads())
+
+
 def side_by_side(work: Callable[[T], None], pieces: Sequence[T]) -> None:
     """Do ``work`` on every piece, several at a time, with torch's threads shared out among them.
 
@@ -26,7 +31,7 @@ def side_by_side(work: Callable[[T], None], pieces: Sequence[T]) -> None:
     pieces that haven't begun are left.
     """
     threads = torch.get_num_threads()
-    workers = min(MOST_WORKERS, threads, len(pieces))
+    workers = min(most_workers(), len(pieces))
     if workers < 2:
         for piece in pieces:
             work(piece)

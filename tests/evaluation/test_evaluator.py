@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+import compressor.evaluation.evaluator as evaluator_module
 from compressor.errors import InputError
 from compressor.evaluation.evaluator import TaskEvaluator
 from compressor.evaluation.score import Items
@@ -94,8 +95,9 @@ def test_a_fixed_shot_count_is_left_alone(data_dir: Path) -> None:
 
 
 def test_a_race_that_runs_to_the_end_equals_a_full_evaluation(
-    model: PreTrainedModel, tokenizer: Any, data_dir: Path
+    model: PreTrainedModel, tokenizer: Any, data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(evaluator_module, "RUNG_TOKENS", 64)
     evaluator = TaskEvaluator("arc_easy", tokenizer, data_dir, limit=24)
     whole = evaluator.score(model, "search")
     raced = evaluator.race(model, [whole.items], "search")
@@ -108,6 +110,27 @@ def test_a_race_that_runs_to_the_end_equals_a_full_evaluation(
     stopped = evaluator.race(model, [whole.items, perfect], "search")
     assert stopped.dominated_by == 1
     assert stopped.saved > 0
+
+
+def test_in_bf16_what_is_raced_and_what_has_no_rivals_is_computed_alike(
+    tiny_model_folder: Path, tokenizer: Any, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluator_module, "RUNG_TOKENS", 64)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.bfloat16).eval()
+    evaluator = TaskEvaluator("arc_easy", tokenizer, data_dir, limit=40)
+    alone = evaluator.race(model, [])
+    beside = evaluator.race(model, [alone.score.items])
+    assert alone.score.items == beside.score.items
+    assert alone.evaluated == beside.evaluated == 40
+
+
+def test_a_race_over_few_tokens_is_one_rung(model: PreTrainedModel, tokenizer: Any, data_dir: Path) -> None:
+    evaluator = TaskEvaluator("arc_easy", tokenizer, data_dir, limit=16)
+    perfect = Items(np.ones(16), ("arc_easy",)).pack()
+    assert evaluator.prepare("search").plan().packing.tokens < 2 * evaluator_module.RUNG_TOKENS
+    raced = evaluator.race(model, [perfect])
+    assert raced.dominated_by is None and raced.evaluated == 16
+    assert raced.score == evaluator.score(model, "search")
 
 
 def test_keys_tell_every_setting_apart(tokenizer: Any, data_dir: Path) -> None:

@@ -14,6 +14,7 @@ def race(ours: np.ndarray, *rivals: np.ndarray, seed: int = 0, alpha: float = 0.
         lambda _, items: ours[items],
         lambda: Items(ours),
         [Items(rival).pack() for rival in rivals],
+        len(ours),
         seed,
         alpha,
     )
@@ -86,6 +87,19 @@ def test_a_better_network_is_scored_on_every_item() -> None:
     assert raced.saved == 0
 
 
+def test_a_network_without_rivals_is_scored_rung_by_rung() -> None:
+    asked: list[int] = []
+
+    def evaluate(rung: int, items: np.ndarray) -> np.ndarray:
+        asked.append(rung)
+        return ours[items]
+
+    ours = right(0.3, 100, np.random.default_rng(8))
+    raced = run_race(evaluate, lambda: Items(ours), [], len(ours), looks=4)
+    assert asked == [0, 1, 2, 3]
+    assert (raced.dominated_by, raced.evaluated, raced.score.value) == (None, 100, ours.mean())
+
+
 def test_a_stopped_network_stays_below_its_rival() -> None:
     for seed in range(20):
         rng = np.random.default_rng(seed)
@@ -104,6 +118,7 @@ def test_tasks_of_a_mean_are_weighted_in_a_race() -> None:
         lambda _, items: ours[items],
         lambda: Items(ours, ("light", "heavy"), strata, (0.05, 0.95)),
         [rival.pack()],
+        len(ours),
     )
     assert raced.dominated_by is None
 
