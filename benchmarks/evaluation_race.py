@@ -11,11 +11,12 @@ import torch
 from evaluation_units import Bench
 
 from compressor.evaluation.evaluator import TaskEvaluator
+from compressor.evaluation.racing import Raced
 from compressor.evaluation.score import Items, Score
 from compressor.models import shape_of_config
 from compressor.search.algorithms import make_search
 from compressor.search.problem import Objective, Outcome, Problem
-from compressor.space import SearchSpace, SubNetwork, parameter_count
+from compressor.space import SearchSpace, parameter_count
 from compressor.supernet.elastic import Elastic
 from compressor.supernet.importance import rank, sort_neurons
 
@@ -26,7 +27,7 @@ DEPTHS, WIDTHS = (0.8, 0.9, 1.0), (0.5, 0.75, 1.0)
 
 
 def race(bench: Bench) -> dict[str, Any]:
-    """LINAS over the ranked starter with full evaluations, then the same sub-networks in a race.
+    """LINAS over the ranked starter with full evaluations, and a race of each sub-network beside them.
 
     Rivals are those on the front so far that are no larger, as in a run. Full evaluations are races without
     rivals, which compute each item as a race does: the front is then another only if racing made it so.
@@ -42,34 +43,36 @@ def race(bench: Bench) -> dict[str, Any]:
         exact={"parameters": lambda subnet: float(parameter_count(space.shape, subnet))},
     )
     algorithm = make_search("linas", problem, 0)
-    subnets: list[SubNetwork] = []
+    sizes: list[int] = []
     full: list[float] = []
-    spent = 0.0
+    raced: list[Raced] = []
+    seconds_full = seconds_raced = 0.0
     sides = 0
-    while len(subnets) < EVALUATIONS and (asked := algorithm.ask(1)):
+    while len(full) < EVALUATIONS and (asked := algorithm.ask(1)):
+        sizes.append(parameter_count(space.shape, asked[0]))
         with elastic.activated(asked[0]):
             rung_by_rung = evaluator.race(model, [], "search").score
-            started = time.perf_counter()
+            began = time.perf_counter()
             at_once = evaluator.score(model, "search")
-            spent += time.perf_counter() - started
+            scored = time.perf_counter()
+            raced.append(evaluator.race(model, _rivals(sizes, raced), "search"))
+            seconds_raced += time.perf_counter() - scored
+            seconds_full += scored - began
         full.append(rung_by_rung.value)
         sides += _changed_sides(rung_by_rung, at_once)
-        subnets.append(asked[0])
         algorithm.tell([Outcome(asked[0], {"accuracy": full[-1]})])
-    sizes = [parameter_count(space.shape, subnet) for subnet in subnets]
-    raced, seconds = _race_all(evaluator, elastic, subnets, sizes)
     fronts = [_front(sizes, values) for values in (full, [race.score.value for race in raced])]
     total = sum(race.total for race in raced)
     return {
         "task": f"{TASK}, search split, {ITEMS} items",
-        "sub_networks": len(subnets),
+        "sub_networks": len(full),
         "stopped": sum(race.dominated_by is not None for race in raced),
         "items_full": total,
         "items_raced": sum(race.evaluated for race in raced),
         "saved": 1 - sum(race.evaluated for race in raced) / total,
         "items_changed_by_rounding": sides,
-        "seconds_full": spent,
-        "seconds_raced": seconds,
+        "seconds_full": seconds_full,
+        "seconds_raced": seconds_raced,
         "front": fronts[0],
         "same_front": fronts[0] == fronts[1],
     }
@@ -80,18 +83,11 @@ def _changed_sides(one: Score, other: Score) -> int:
     return int((Items.unpack(one.items).values != Items.unpack(other.items).values).sum())
 
 
-def _race_all(
-    evaluator: TaskEvaluator, elastic: Elastic, subnets: Sequence[SubNetwork], sizes: Sequence[int]
-) -> tuple[list[Any], float]:
-    raced: list[Any] = []
-    started = time.perf_counter()
-    for number, subnet in enumerate(subnets):
-        whole = [i for i in range(number) if raced[i].dominated_by is None]
-        best = _front([sizes[i] for i in whole], [raced[i].score.value for i in whole])
-        rivals = [raced[whole[i]].score.items for i in best if sizes[whole[i]] <= sizes[number]]
-        with elastic.activated(subnet):
-            raced.append(evaluator.race(elastic.model, rivals, "search"))
-    return raced, time.perf_counter() - started
+def _rivals(sizes: Sequence[int], raced: Sequence[Raced]) -> list[bytes]:
+    """Results of those on the raced front so far that are no larger than the latest."""
+    whole = [i for i, race in enumerate(raced) if race.dominated_by is None]
+    best = _front([sizes[i] for i in whole], [raced[i].score.value for i in whole])
+    return [raced[whole[i]].score.items for i in best if sizes[whole[i]] <= sizes[-1]]
 
 
 def _ranked_space(bench: Bench, model: Any) -> SearchSpace:
