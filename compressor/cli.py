@@ -422,7 +422,8 @@ def compare(
 def measure(
     target: Annotated[
         str, typer.Argument(help="Package, model (folder, GGUF, hub id, `starter`) or endpoint URL.")
-    ],
+    ] = "",
+    url: Annotated[str, typer.Option(help="A running OpenAI endpoint, instead of TARGET.")] = "",
     profile: Annotated[str, typer.Option(help="Profile whose workload is run.")] = "auto",
     seconds: Annotated[float, typer.Option(help="Longest measurement, seconds.")] = 10.0,
     threads: Annotated[int | None, typer.Option(help="CPU threads [default: all cores].")] = None,
@@ -434,11 +435,17 @@ def measure(
 
       compress measure runs/demo/package --profile starter-cpu
 
-      compress measure http://127.0.0.1:8000/v1 --profile starter-cpu --json
+      compress measure --url http://127.0.0.1:8000/v1 --profile starter-cpu --json
     """
+    from compressor.engines.measure import is_url
     from compressor.engines.measure import measure as run_measure
     from compressor.request import named_profile
 
+    if bool(target) == bool(url):
+        raise InputError("name one thing to measure: a package, a model, or a running endpoint by --url")
+    if url and not is_url(url):
+        raise InputError(f"--url {url}: an endpoint's address begins with http:// or https://")
+    target = target or url
     _go_to_the_engine(Path(target))
     workload = named_profile(profile).workload
     measured = run_measure(target, workload, threads=threads, max_seconds=seconds)

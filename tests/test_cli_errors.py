@@ -57,6 +57,12 @@ def test_an_unknown_profile_names_the_nearest(tmp_path: Path) -> None:
     assert_nothing_written(tmp_path)
 
 
+def test_what_to_measure_is_named_once(tmp_path: Path) -> None:
+    assert_refused(compress(tmp_path, "measure"), "package", "--url")
+    assert_refused(compress(tmp_path, "measure", "starter", "--url", "http://127.0.0.1:1/v1"), "one thing")
+    assert_refused(compress(tmp_path, "measure", "--url", "127.0.0.1:1/v1"), "--url", "http://")
+
+
 def test_a_missing_profile_file(tmp_path: Path) -> None:
     assert_refused(compress(tmp_path, "--profile", "nowhere.toml"), "nowhere.toml")
 

@@ -20,13 +20,18 @@ def measure(
     ``target``: the URL of an OpenAI endpoint, the folder of a package, or anything that
     ``models.resolve`` takes (measured in bf16 in PyTorch). Raises ``CompressorError``.
     """
-    if target.startswith(("http://", "https://")):
+    if is_url(target):
         from compressor.engines.endpoint import bench_endpoint
 
         return bench_endpoint(target, workload, max_seconds=max_seconds)
     if (Path(target) / MANIFEST_NAME).is_file():
         return measure_package(Path(target), workload, threads=threads, max_seconds=max_seconds)
     return _measure_model(target, workload, threads, max_seconds)
+
+
+def is_url(target: str) -> bool:
+    """Whether a target is an endpoint's address."""
+    return target.startswith(("http://", "https://"))
 
 
 def measure_package(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -80,6 +81,25 @@ def test_an_endpoint_through_http(server: str) -> None:
     measured = measure(server, WORKLOAD, max_seconds=0.5)
     assert_plausible(measured)
     assert measured.conditions["model"]
+
+
+def test_the_same_from_the_command_line(server: str, tmp_path: Path) -> None:
+    profile = tmp_path / "mine.toml"
+    profile.write_text(
+        'name = "mine"\n[device]\nkind = "cpu"\nmemory_gib = 1\n'
+        "[budgets]\nmemory_gib = 1\nttft_ms = 60000\ntpot_ms = 60000\n"
+        "[workload]\nprompt_tokens = 16\noutput_tokens = 8\n"
+    )
+    options = ["--profile", str(profile), "--seconds", "0.5", "--json"]
+    done = subprocess.run(
+        [sys.executable, "-m", "compressor.cli", "measure", "--url", server, *options],
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    figures = json.loads(done.stdout)
+    assert figures["ttft_ms"] > 0 and figures["tpot_ms"] > 0 and figures["conditions"]["model"]
 
 
 def test_a_damaged_package_is_not_measured(package: Path, tmp_path: Path) -> None:
