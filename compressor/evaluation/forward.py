@@ -19,15 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compressor.errors import InputError
-from compressor.evaluation.schedule import Call, Rows, Step
+from compressor.evaluation.schedule import LONG_ATTENTION, Call, Rows, Step
 from compressor.evaluation.shared_layers import Passage, SharedLayers
 from compressor.evaluation.workers import side_by_side
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-LONG_ATTENTION = 96
-"""From so many keys on, attention is fused (flash): its scores are never held whole, and it is faster."""
 
 _ARGMAX_BLOCK = 128
 _PARTS = ("embed_tokens", "layers", "norm", "rotary_emb")
@@ -121,7 +118,7 @@ class PackedModel:
         kept: dict[int, Kept] = {prefix: [] for prefix, _, _ in step.keep}
         last = len(self.layers) - 1
         masks = [call.mask(call.full, self.dtype) for call in step.calls]
-        places = [_Places(call.full) for call in step.calls]
+        places = [_Places.of(call) for call in step.calls]
         for index, layer in enumerate(self.layers[self._known :], self._known):
             normed = _normed(layer.input_norm, hidden)
             query, key, value = layer.project(normed, cos, sin)
@@ -161,23 +158,23 @@ class PackedModel:
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        full: _Places,
+        places: tuple[_Places, _Places],
         mask: Tensor | None,
     ) -> Tensor | None:
         """Attention output [rows of the call, heads * head dim]; without a mask, of scored rows only."""
-        places = full
+        queries, keys = places
         if mask is None:
             if call.scored is None:
                 return None
-            places, mask = _Places(call.scored), call.mask(call.scored, self.dtype)
-        q = _by_head(query, places)
-        k, v = (_by_head(states, full) for states in (key, value))
+            queries, mask = _Places(call.scored), call.mask(call.scored, self.dtype)
+        q = _by_head(query, queries)
+        k, v = (_by_head(states, keys) for states in (key, value))
         if call.parent >= 0:
             before_k, before_v = self._kept[call.parent][layer - self._known]
             k = torch.cat([before_k.expand(len(k), -1, -1, -1), k], 2)
             v = torch.cat([before_v.expand(len(v), -1, -1, -1), v], 2)
         attention = _fused_attention if call.longest > LONG_ATTENTION else _attention
-        return attention(q, k, v, mask, places)
+        return attention(q, k, v, mask, queries)
 
 
 class _Places:
@@ -187,6 +184,12 @@ class _Places:
         self.rows = rows
         self.gather = cache(rows.gather_by_head)
         self.valid = cache(rows.valid_by_head)
+
+    @classmethod
+    def of(cls, call: Call) -> tuple[_Places, _Places]:
+        """Of its queries and of its keys."""
+        queries = cls(call.full)
+        return queries, queries if call.keys is call.full else cls(call.keys)
 
 
 def _by_head(states: Tensor, places: _Places) -> Tensor:
@@ -210,16 +213,14 @@ def top_tokens(logits: Tensor) -> Tensor:
 def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, places: _Places) -> Tensor:
     """Grouped-query attention by two batched matrix products; q [B, H, L, D], k and v [B, G, K, D].
 
-    Returns [n, H * D] for the rows that are no padding. The mask [B, L, K'] covers the last keys; all see
-    those before them, a prefix.
+    The mask is [B, L, K]. Returns [n, H * D] for the rows that are no padding.
     """
     batch, heads, length, dim = q.shape
     groups, keys = k.shape[1], k.shape[2]
     repeats = heads // groups
     q = q.view(batch * groups, repeats * length, dim)
     scores = torch.bmm(q, k.reshape(batch * groups, keys, dim).transpose(1, 2))
-    own = scores.view(batch, groups, repeats, length, keys)[..., keys - mask.shape[-1] :]
-    own.add_(mask[:, None, None])
+    scores.view(batch, groups, repeats, length, keys).add_(mask[:, None, None])
     weights = scores.softmax(-1)
     mixed = torch.bmm(weights, v.reshape(batch * groups, keys, dim))
     return mixed.view(-1, dim).index_select(0, places.valid(heads)).view(-1, heads * dim)
@@ -228,8 +229,8 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, places: _Places) -
 def _fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, places: _Places) -> Tensor:
     """The same through the fused kernel, for long sequences."""
     batch, heads, length, dim = q.shape
-    mask = F.pad(mask[:, None], (k.shape[2] - mask.shape[-1], 0))
-    mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0, enable_gqa=heads > k.shape[1])
+    grouped = heads > k.shape[1]
+    mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None], scale=1.0, enable_gqa=grouped)
     return mixed.transpose(1, 2).reshape(batch * length, heads * dim).index_select(0, places.rows.valid)
 
 

@@ -8,6 +8,7 @@ from itertools import groupby
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -21,6 +22,11 @@ LEAST_BLOCK_TOKENS = 256
 """Fewer are not shared out among threads."""
 WAVE_TOKENS = 8192
 """Tokens of prefixes whose keys and values are kept at once."""
+LONG_ATTENTION = 96
+"""From so many keys on, attention is fused (flash): its scores are never held whole, and it is faster."""
+KEYS_STEP, KEYS_OVER = 32, 4
+"""On a CPU, rows of scores end at a whole vector: torch's softmax in bf16 takes the numbers of an incomplete
+one one by one, which for 27 keys took five times as long as for 32. A few over are cheaper in short rows."""
 
 
 @dataclass(frozen=True)
@@ -53,27 +59,29 @@ class Rows:
 class Call:
     """Attention of trees that hang from the same prefix: block rows ``start`` to ``end``.
 
-    ``full`` holds all their tokens; ``scored`` only those whose output is wanted (None: none is), for
-    the last layer. ``ends`` int64[B, K] is the last token below each key's token (-1: padding).
-    ``longest`` counts the keys a token may see.
+    ``full`` holds all their tokens as queries; ``scored`` only those whose output is wanted (None: none
+    is), for the last layer. ``keys`` holds them as keys, K to a tree, and ``ends`` int64[B, K] the last
+    token below each key's token (-1: padding). ``before`` counts the prefix's keys, which all see, and
+    ``longest`` the keys a token may see.
     """
 
     parent: int
     start: int
     end: int
+    before: int
     longest: int
     ends: Tensor
     full: Rows
+    keys: Rows
     scored: Rows | None
 
     def mask(self, rows: Rows, dtype: torch.dtype) -> Tensor:
-        """[B, L, K]: 0 where a query sees a key of its tree, else the most negative number."""
+        """[B, L, before + K]: 0 where a query sees a key, else the most negative number."""
         order = torch.arange(self.ends.shape[1], device=self.ends.device)
         queries = rows.offsets[:, :, None]
         hidden = (order > queries) | (self.ends[:, None] < queries)
-        return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(
-            hidden, torch.finfo(dtype).min
-        )
+        mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
+        return F.pad(mask.masked_fill_(hidden, torch.finfo(dtype).min), (self.before, 0))
 
 
 @dataclass(frozen=True)
@@ -196,19 +204,32 @@ class _Layout:
 
     def _call(self, parent: int, trees: Sequence[Tree], start: int) -> Call:
         longest = max(len(tree) for tree in trees)
-        ends = np.full((len(trees), longest), -1)
+        before = self.packing.prefix_length(parent)
+        wide = self._keys(before + longest) - before
+        ends = np.full((len(trees), wide), -1)
         for i, tree in enumerate(trees):
             ends[i, : len(tree)] = tree.ends
-        full = self._rows(trees, [np.arange(len(tree)) for tree in trees], int(start))
-        some = any(len(tree.scored) for tree in trees)
-        scored = self._rows(trees, [tree.scored for tree in trees], int(start)) if some else None
+        everything = [np.arange(len(tree)) for tree in trees]
+        full = self._rows(trees, everything, int(start), longest)
+        keys = full if wide == longest else self._rows(trees, everything, int(start), wide)
+        some = [tree.scored for tree in trees]
+        most = max(map(len, some))
+        scored = self._rows(trees, some, int(start), most) if most else None
         end = int(start) + sum(len(tree) for tree in trees)
-        keys = longest + self.packing.prefix_length(parent)
-        return Call(parent, int(start), end, keys, self._long(ends), full, scored)
+        seen = before + longest
+        return Call(parent, int(start), end, before, seen, self._long(ends), full, keys, scored)
 
-    def _rows(self, trees: Sequence[Tree], chosen: Sequence[NDArray[np.int64]], start: int) -> Rows:
-        """The chosen token offsets of each tree as a padded batch."""
-        length = max(len(offsets) for offsets in chosen)
+    def _keys(self, keys: int) -> int:
+        """So many keys are computed where so many are seen."""
+        short = keys <= LONG_ATTENTION
+        if self.device.type != "cpu" or (short and 0 < keys % KEYS_STEP <= KEYS_OVER):
+            return keys
+        return -(-keys // KEYS_STEP) * KEYS_STEP
+
+    def _rows(
+        self, trees: Sequence[Tree], chosen: Sequence[NDArray[np.int64]], start: int, length: int
+    ) -> Rows:
+        """The chosen token offsets of each tree as a batch padded to ``length``."""
         gather = np.full((len(trees), length), start)
         padded = np.zeros((len(trees), length), np.int64)
         valid = np.zeros((len(trees), length), np.bool_)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 HEAD_ROWS = 256
 """Positions whose logits are held at once."""
-_SOFTMAX_ROWS = 16
+_SOFTMAX_ROWS = 4
 """Positions whose logits are held in fp32 at once: few enough to stay in the cache."""
 _ROLLING_TOKENS = 1 << 16
 
@@ -200,5 +200,5 @@ def _top_and_normaliser(logits: Tensor) -> tuple[Tensor, Tensor]:
     top = logits.amax(-1).float()
     rows = _SOFTMAX_ROWS if logits.device.type == "cpu" else len(logits)
     parts = zip(torch.split(logits, rows), torch.split(top[:, None], rows), strict=True)
-    sums = [(part.float() - largest).exp_().sum(-1) for part, largest in parts]
+    sums = [part.float().sub_(largest).exp_().sum(-1) for part, largest in parts]
     return top, torch.cat(sums).log_().add_(top)

@@ -44,3 +44,15 @@ def test_few_tokens_are_not_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_sequence_longer_than_a_block_is_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = [len(step.ids) for step in passes(apart([90] * 4 + [3000]), 1, monkeypatch)]
     assert sum(sizes) == 3360 and max(sizes) >= 3000
+
+
+@pytest.mark.parametrize(
+    ("tokens", "keys"), [(1, 1), (5, 32), (27, 32), (32, 32), (36, 36), (37, 64), (96, 96), (97, 128)]
+)
+def test_on_a_cpu_rows_of_scores_end_at_whole_vectors(tokens: int, keys: int) -> None:
+    (step,) = schedule(apart([tokens]), torch.device("cpu"), torch.bfloat16)
+    (call,) = step.calls
+    mask = call.mask(call.full, torch.bfloat16)
+    assert call.keys.length == keys and mask.shape == (1, tokens, keys)
+    seen = torch.ones(tokens, keys, dtype=torch.bool).tril()
+    assert torch.equal(mask[0] == 0, seen)
