@@ -4,21 +4,23 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from compressor import device
+from compressor.engines.speed import SpeedModel
 from compressor.errors import UnfitMachineError
 from compressor.evaluation.score import Score
 from compressor.ledger import Ledger
 from compressor.measurement import Measurement
 from compressor.pipeline.candidates import MEASURE, PREDICTED, Evaluator, Terms
 from compressor.pipeline.context import Context
-from compressor.pipeline.foresight import Foresight
+from compressor.pipeline.foresight import ENOUGH, Foresight
 from compressor.pipeline.searching import make_problem, search
 from compressor.profile import load_profile
 from compressor.request import RunRequest, effort
 from compressor.runfolder import RunFolder
-from compressor.search.problem import Outcome
+from compressor.search.problem import Outcome, Problem
 from compressor.space import ModelShape, SearchSpace, SubNetwork
 
 SHAPE = ModelShape(576, 1536, 30, 9, 3, 64, 49152, tie_word_embeddings=True)
@@ -62,31 +64,53 @@ def searched(
     return search(context, make_problem(profile, SPACE, terms), evaluator), imagined, ledger
 
 
-def test_figures_taken_in_turns_are_compared_by_their_ratio(tmp_path: Path) -> None:
-    class Shared(Device):
-        """Half as fast in every second measurement."""
+class Shared(Device):
+    """Half as fast in every second measurement; from the one after ``alone`` on it measures in turns."""
 
-        def bench(self, subnet: SubNetwork) -> Measurement:
-            measured = super().bench(subnet)
-            slower = 1 + len(self.built) % 2
-            beside = {
-                "ttft_ratio": tpot(subnet) / FULL_TPOT,
-                "tpot_ratio": tpot(subnet) / FULL_TPOT,
-                "reference_ttft_ms": 20 * FULL_TPOT * slower,
-                "reference_tpot_ms": FULL_TPOT * slower,
-            }
-            times = measured.ttft_ms * slower, measured.tpot_ms * slower
-            return Measurement(*times, 1e3, conditions=beside)
+    def __init__(self, alone: int = 0) -> None:
+        super().__init__()
+        self.alone = alone
 
-    ledger = Ledger(tmp_path / "ledger.sqlite")
+    def bench(self, subnet: SubNetwork) -> Measurement:
+        measured = super().bench(subnet)
+        slower = 1 + len(self.built) % 2
+        beside = {
+            "ttft_ratio": tpot(subnet) / FULL_TPOT,
+            "tpot_ratio": tpot(subnet) / FULL_TPOT,
+            "reference_ttft_ms": 20 * FULL_TPOT * slower,
+            "reference_tpot_ms": FULL_TPOT * slower,
+        }
+        times = measured.ttft_ms * slower, measured.tpot_ms * slower
+        return Measurement(*times, 1e3, conditions=beside if len(self.built) > self.alone else {})
+
+
+def foresight_on(folder: Path, imagined: Device) -> tuple[Foresight, Problem]:
     profile = load_profile("starter-cpu")
     terms = Terms(SHAPE, "w", "t", "bf16", "int8", "toy", "onnxruntime", profile.workload)
-    imagined = Shared()
-    foresight = Foresight(Evaluator(ledger, terms, imagined.score, imagined.bench), 1.0, 1.0)
-    model = foresight.prepare(make_problem(profile, SPACE, terms))
+    evaluator = Evaluator(Ledger(folder / "ledger.sqlite"), terms, imagined.score, imagined.bench)
+    return Foresight(evaluator, 1.0, 1.0), make_problem(profile, SPACE, terms)
+
+
+def assert_tells_apart(model: SpeedModel | None) -> None:
+    """Right but for one factor, which nobody can know on a machine whose speed changes."""
     assert model is not None and model.error < 0.01
     estimates = [model.predict(subnet).tpot_ms / tpot(subnet) for subnet in SPACE.uniform_subnetworks()]
     assert max(estimates) < 1.01 * min(estimates) and 1 <= min(estimates) <= 2
+
+
+def test_figures_taken_in_turns_are_compared_by_their_ratio(tmp_path: Path) -> None:
+    foresight, problem = foresight_on(tmp_path, Shared())
+    assert_tells_apart(foresight.prepare(problem))
+
+
+def test_what_was_measured_before_turns_began_is_left_out_in_time(tmp_path: Path) -> None:
+    foresight, problem = foresight_on(tmp_path, Shared(alone=6))
+    before = foresight.prepare(problem)
+    assert before is not None and before.error > 0.1
+    rng = np.random.default_rng(0)
+    for _ in range(ENOUGH):
+        foresight.evaluator.measure(SPACE.sample(rng))
+    assert_tells_apart(foresight.refitted())
 
 
 @pytest.mark.parametrize("algorithm", ["linas", "random"])

@@ -18,6 +18,8 @@ from compressor.space import SubNetwork
 
 EASILY = 0.8
 """Share of the speed budgets within which the largest sub-network makes a predictor needless."""
+ENOUGH = 8
+"""Sub-networks measured in turns, from which on those measured alone, before turns began, are left out."""
 
 
 @dataclass(frozen=True)
@@ -96,20 +98,29 @@ class Foresight:
 
 
 def _fitted(rows: Sequence[Row]) -> SpeedModel | None:
-    measured = [row for row in rows if row.status == "ok"]
+    measured = _comparable([row for row in rows if row.status == "ok"])
     times = [_steady(measured, name) for name in ("ttft", "tpot")]
     return fit_speed([row.subnet for row in measured], *times)
+
+
+def _comparable(rows: Sequence[Row]) -> Sequence[Row]:
+    """Rows taken in turns once there are enough of them: others hold the machine's speed of their moment."""
+    in_turns = [row for row in rows if _in_turns(row)]
+    return in_turns if len({row.subnet for row in in_turns}) >= ENOUGH else rows
 
 
 def _steady(rows: Sequence[Row], name: str) -> list[float]:
     """Times in ms. Of those taken in turns, as their ratio to the full super-network's, at its median time:
     on a machine whose speed changes that is what compares."""
-    beside = [_detail(row, f"reference_{name}_ms") for row in rows if f"{name}_ratio" in row.details]
+    beside = [_detail(row, f"reference_{name}_ms") for row in rows if _in_turns(row)]
     usual = median(beside) if beside else 0.0
     return [
-        usual * _detail(row, f"{name}_ratio") if f"{name}_ratio" in row.details else row.metrics[f"{name}_ms"]
-        for row in rows
+        usual * _detail(row, f"{name}_ratio") if _in_turns(row) else row.metrics[f"{name}_ms"] for row in rows
     ]
+
+
+def _in_turns(row: Row) -> bool:
+    return "tpot_ratio" in row.details
 
 
 def _detail(row: Row, name: str) -> float:
