@@ -24,6 +24,7 @@ from compressor.space import ModelShape
 CPU = "CPUExecutionProvider"
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 _REST_AFTER_RUNS = "session.force_spinning_stop"
+_CACHE_DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
 
 
 def open_session(
@@ -101,11 +102,11 @@ class Decoder:
         self._mask = np.ones((batch, capacity), np.int64)
         self._buffers = []
         self.length = 0
-        depth = sum(entry.name.endswith(".key") for entry in session.get_inputs())
+        past = [entry for entry in session.get_inputs() if entry.name.endswith(".key")]
         dims = [batch, shape.num_kv_heads, capacity, shape.head_dim]
-        for layer in range(depth):
+        for layer, entry in enumerate(past):
             for kind in ("key", "value"):
-                buffer = ort.OrtValue.ortvalue_from_numpy(np.zeros(dims, np.float32))
+                buffer = ort.OrtValue.ortvalue_from_numpy(np.zeros(dims, _CACHE_DTYPES[entry.type]))
                 self._buffers.append(buffer)
                 self._binding.bind_ortvalue_input(f"past_key_values.{layer}.{kind}", buffer)
                 self._binding.bind_ortvalue_output(f"present.{layer}.{kind}", buffer)
