@@ -205,22 +205,22 @@ class _Layout:
     def _call(self, parent: int, trees: Sequence[Tree], start: int) -> Call:
         longest = max(len(tree) for tree in trees)
         before = self.packing.prefix_length(parent)
-        wide = self._keys(before + longest) - before
+        wide = self._whole_vectors(before + longest) - before
         ends = np.full((len(trees), wide), -1)
         for i, tree in enumerate(trees):
             ends[i, : len(tree)] = tree.ends
         everything = [np.arange(len(tree)) for tree in trees]
         full = self._rows(trees, everything, int(start), longest)
         keys = full if wide == longest else self._rows(trees, everything, int(start), wide)
-        some = [tree.scored for tree in trees]
-        most = max(map(len, some))
-        scored = self._rows(trees, some, int(start), most) if most else None
+        wanted = [tree.scored for tree in trees]
+        most = max(map(len, wanted))
+        scored = self._rows(trees, wanted, int(start), most) if most else None
         end = int(start) + sum(len(tree) for tree in trees)
         seen = before + longest
         return Call(parent, int(start), end, before, seen, self._long(ends), full, keys, scored)
 
-    def _keys(self, keys: int) -> int:
-        """So many keys are computed where so many are seen."""
+    def _whole_vectors(self, keys: int) -> int:
+        """The keys that a row of scores is computed for, where it sees ``keys``."""
         short = keys <= LONG_ATTENTION
         if self.device.type != "cpu" or (short and 0 < keys % KEYS_STEP <= KEYS_OVER):
             return keys
