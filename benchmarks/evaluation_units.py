@@ -32,9 +32,10 @@ Requests = list[Any]
 class Bench:
     """The starter model and the requests, made once; each method measures one thing."""
 
-    def __init__(self, data: Path, items: int) -> None:
+    def __init__(self, data: Path, items: int, device: str = "cpu") -> None:
         self.data = data
         self.items = items
+        self.device = device
         torch.set_num_threads(THREADS)
 
     @cached_property
@@ -50,12 +51,14 @@ class Bench:
     def model(self, dtype: str) -> Any:
         from transformers import AutoModelForCausalLM
 
-        return AutoModelForCausalLM.from_pretrained(self.folder, dtype=DTYPES[dtype]).eval()
+        model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=DTYPES[dtype]).eval()
+        return model.to(self.device)
 
     @cached_property
     def own_dtype(self) -> str:
         """What ours computes in: a run's choice on this machine."""
-        return {dtype: name for name, dtype in DTYPES.items()}[fastest_cpu_dtype()]
+        fastest = fastest_cpu_dtype() if self.device == "cpu" else torch.bfloat16
+        return {dtype: name for name, dtype in DTYPES.items()}[fastest]
 
     @property
     def own_model(self) -> Any:

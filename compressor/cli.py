@@ -424,7 +424,9 @@ def measure(
         str, typer.Argument(help="Package, model (folder, GGUF, hub id, `starter`) or endpoint URL.")
     ] = "",
     url: Annotated[str, typer.Option(help="A running OpenAI endpoint, instead of TARGET.")] = "",
-    profile: Annotated[str, typer.Option(help="Profile whose workload is run.")] = "auto",
+    profile: Annotated[
+        str, typer.Option(help="Profile whose workload is run, on its kind of device.")
+    ] = "auto",
     seconds: Annotated[float, typer.Option(help="Longest measurement, seconds.")] = 10.0,
     threads: Annotated[int | None, typer.Option(help="CPU threads [default: all cores].")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
@@ -447,8 +449,9 @@ def measure(
         raise InputError(f"--url {url}: an endpoint's address begins with http:// or https://")
     target = target or url
     _go_to_the_engine(Path(target))
-    workload = named_profile(profile).workload
-    measured = run_measure(target, workload, threads=threads, max_seconds=seconds)
+    chosen = named_profile(profile)
+    workload = chosen.workload
+    measured = run_measure(target, workload, threads=threads, max_seconds=seconds, on=chosen.device.kind)
     if as_json:
         print(
             json.dumps(

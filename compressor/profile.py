@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from compressor.errors import InputError
 
 EngineName = Literal["onnxruntime", "vllm"]
+DeviceKind = Literal["cpu", "cuda"]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
@@ -29,7 +30,7 @@ class _Table(BaseModel):
 class Device(_Table):
     """What machine the profile is for, and how to recognise it."""
 
-    kind: Literal["cpu", "cuda"]
+    kind: DeviceKind
     match: list[Annotated[str, Field(min_length=1)]] = Field(
         default=[],
         description="Words of the device's name, any of which fits; empty: any device of the kind",

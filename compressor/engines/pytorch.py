@@ -17,8 +17,7 @@ def bench_pytorch(
     model: PreTrainedModel, workload: Workload, *, max_seconds: float = 10.0, min_repeats: int = 3
 ) -> Measurement:
     """TTFT, TPOT and throughput of a transformers model as it stands, on its own device."""
-    watch, before = HostWatch(), resident_bytes()
-    reset_peak()
+    watch, memory = HostWatch(), _Memory(model.device)
     with torch.inference_mode():
         runner = TorchRunner(model, workload)
         timings = time_workload(runner, workload, max_seconds=max_seconds, min_repeats=min_repeats)
@@ -29,10 +28,37 @@ def bench_pytorch(
         "threads": torch.get_num_threads(),
         "numerics": str(model.dtype).removeprefix("torch."),
         **host_conditions(),
+        **_gpu_conditions(model.device),
         **watch.marks(),
     }
-    peak = weights + max(0, peak_bytes() - before)
+    peak = weights + memory.grown_bytes()
     return summarise(timings, workload, peak_memory_bytes=peak, conditions=conditions)
+
+
+class _Memory:
+    """Memory from its making on: what torch's allocator holds on a GPU, what is resident on a CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            self._before = torch.cuda.memory_allocated(device)
+        else:
+            self._before = resident_bytes()
+            reset_peak()
+
+    def grown_bytes(self) -> int:
+        """The most that was held beyond what was held at first."""
+        on_gpu = self._device.type == "cuda"
+        peak = torch.cuda.max_memory_allocated(self._device) if on_gpu else peak_bytes()
+        return max(0, peak - self._before)
+
+
+def _gpu_conditions(device: torch.device) -> dict[str, str]:
+    """The GPU itself as the device that was measured, and the CUDA that torch was built for."""
+    if device.type != "cuda":
+        return {}
+    return {"device": torch.cuda.get_device_name(device), "cuda": str(torch.version.cuda)}
 
 
 class TorchRunner:

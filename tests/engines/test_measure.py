@@ -13,11 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from compressor.engines.measure import measure
 from compressor.engines.onnx_package import DATA_FILE, write_package
 from compressor.engines.onnx_store import Export
-from compressor.errors import InputError, PackageError
+from compressor.errors import InputError, PackageError, UnfitMachineError
 from compressor.measurement import Measurement
 from compressor.profile import Workload
 from compressor.space import SubNetwork
@@ -75,6 +76,12 @@ def test_a_model_in_pytorch(tiny_model_folder: Path) -> None:
     measured = measure(str(tiny_model_folder), WORKLOAD, max_seconds=0.3)
     assert_plausible(measured)
     assert measured.conditions["numerics"] == "bfloat16"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch sees a GPU")
+def test_a_model_for_a_gpu_that_is_not_there(tiny_model_folder: Path) -> None:
+    with pytest.raises(UnfitMachineError, match="torch sees none"):
+        measure(str(tiny_model_folder), WORKLOAD, on="cuda")
 
 
 def test_an_endpoint_through_http(server: str) -> None:
