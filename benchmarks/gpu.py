@@ -42,7 +42,10 @@ DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 TASKS = ("arc_easy", "winogrande", "mmlu")
 ITEMS, REPEATS = 500, 3
 BATCHES = {"starter": (64, 256), "7B": (16, 64)}
-WORKLOADS = (Workload(prompt_tokens=512, output_tokens=128), Workload(1024, 128, 8))
+WORKLOADS = (
+    Workload(prompt_tokens=512, output_tokens=128),
+    Workload(prompt_tokens=1024, output_tokens=128, concurrency=8),
+)
 SIZES = (1.0, 1.5, 2.0)
 """Times that a sub-network has fewer parameters."""
 ROW_TOKENS = 512

@@ -33,8 +33,7 @@ Split = Literal["search", "report"]
 
 SKIPPED_POSITIONS = 4
 """First positions of a sequence are not scored: with hardly any context the choice is arbitrary."""
-_HEAD_ROWS = 256
-_BATCH_TOKENS = 2048
+_BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}
 
 
 @dataclass(frozen=True)
@@ -157,7 +156,8 @@ def torch_predict(model: PreTrainedModel, shared: SharedLayers | None = None) ->
     from compressor.evaluation.schedule import schedule
 
     def predict(ids: Tokens) -> NDArray[np.integer]:
-        step = max(1, _BATCH_TOKENS // ids.shape[1])
+        tokens = _BATCH_TOKENS.get(model.device.type, _BATCH_TOKENS["cpu"])
+        step = max(1, tokens // ids.shape[1])
         return np.concatenate([batch(ids[i : i + step]) for i in range(0, len(ids), step)])
 
     def batch(ids: Tokens) -> NDArray[np.integer]:
@@ -168,10 +168,10 @@ def torch_predict(model: PreTrainedModel, shared: SharedLayers | None = None) ->
             top = torch.empty(ids.size, dtype=torch.long, device=hidden.device)
 
             def choose(start: int) -> None:
-                end = start + _HEAD_ROWS
+                end = start + packed.head_rows
                 top[start:end] = top_tokens(packed.logits(hidden[start:end]))
 
-            packed.each(choose, range(0, ids.size, _HEAD_ROWS))
+            packed.each(choose, range(0, ids.size, packed.head_rows))
         result: NDArray[np.integer] = top.reshape(ids.shape).cpu().numpy()
         return result
 

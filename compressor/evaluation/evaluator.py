@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from compressor.errors import InputError
 from compressor.evaluation.encoding import DEFAULT_MAX_LENGTH, Encoded, Encoder
+from compressor.evaluation.packing import PREFIX_COST
 from compressor.evaluation.racing import ALPHA, Raced, most_looks, run_race, rungs
 from compressor.evaluation.score import Items, Score
 from compressor.evaluation.taskdata import Split
@@ -66,7 +67,7 @@ class TaskEvaluator:
         """
         from compressor.evaluation.scorer import score_plan
 
-        prepared = self.prepare(split)
+        prepared = self._prepare_for(model, split)
         return prepared.score(score_plan(prepared.plan(), model, shared))
 
     def race(
@@ -85,7 +86,7 @@ class TaskEvaluator:
         """
         from compressor.evaluation.scorer import score_plan
 
-        prepared = self.prepare(split)
+        prepared = self._prepare_for(model, split)
         looks = prepared.looks(self.seed)
         if looks == 1:
             return Raced(self.score(model, split, shared), None, prepared.num_items, prepared.num_items)
@@ -119,6 +120,15 @@ class TaskEvaluator:
             self._prepared[split] = _prepare(tasks, self._encoder)
         return self._prepared[split]
 
+    def _prepare_for(self, model: PreTrainedModel, split: Split) -> Prepared:
+        """The split's requests, to be packed as suits the first model that is scored on them."""
+        from compressor.evaluation.scorer import prefix_cost_of
+
+        prepared = self.prepare(split)
+        if prepared.prefix_cost is None:
+            prepared.prefix_cost = prefix_cost_of(model)
+        return prepared
+
 
 @dataclass
 class Prepared:
@@ -134,6 +144,7 @@ class Prepared:
     strata: NDArray[np.int64]
     golds: NDArray[np.int64]
     indices: NDArray[np.int64] | None = None
+    prefix_cost: float | None = None
     _plan: Plan | None = None
     _parts: dict[int, Prepared] = field(default_factory=dict)
     _looks: int | None = None
@@ -151,7 +162,7 @@ class Prepared:
         from compressor.evaluation.scorer import Plan
 
         if self._plan is None:
-            self._plan = Plan.of(self.encoded)
+            self._plan = Plan.of(self.encoded, self.prefix_cost or PREFIX_COST)
         return self._plan
 
     def score(self, likelihoods: Likelihoods) -> Score:
@@ -171,6 +182,7 @@ class Prepared:
                 self.strata[items],
                 self.golds[items],
                 items,
+                self.prefix_cost,
             )
         return self._parts[rung]
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _ARGMAX_BLOCK = 128
+_HEAD_ROWS = {"cpu": 256, "cuda": 2048}
 _PARTS = ("embed_tokens", "layers", "norm", "rotary_emb")
 
 Kept = list[tuple[Tensor, Tensor]]
@@ -55,6 +56,8 @@ class PackedModel:
         self.hidden_size: int = config.hidden_size
         self.dtype: torch.dtype = base.norm.weight.dtype
         self.device: torch.device = base.norm.weight.device
+        self.head_rows = _HEAD_ROWS.get(self.device.type, _HEAD_ROWS["cpu"])
+        """Positions whose logits are best held at once."""
         self._shared = shared
         self._known = 0
         self._kept: dict[int, Kept] = {}

@@ -21,7 +21,7 @@ Ints = NDArray[np.int64]
 ATTENTION_COST = 0.0008
 """Cost of attending to one more key, in costs of a token's matrix products (the starter on a CPU)."""
 PREFIX_COST = 8.0
-"""Cost of keeping one more prefix apart, in tokens."""
+"""Cost of keeping one more prefix apart, in tokens (the starter on a CPU)."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,11 @@ class Packing:
         return 0 if index < 0 else int(self.trees[index].positions[-1]) + 1
 
 
-def pack(requests: Sequence[Encoded]) -> Packing:
-    """The packing of all requests. Cheap beside scoring; done once for any number of sub-networks."""
+def pack(requests: Sequence[Encoded], prefix_cost: float = PREFIX_COST) -> Packing:
+    """The packing of all requests. Cheap beside scoring; done once for any number of sub-networks.
+
+    ``prefix_cost``: of keeping one more prefix apart, in tokens.
+    """
     inputs = sorted({request.inputs for request in requests})
     trie = _Trie(inputs)
     wanted = _wanted_nodes(trie, inputs, requests)
@@ -80,7 +83,7 @@ def pack(requests: Sequence[Encoded]) -> Packing:
     leaves: list[Tree] = []
     members: list[Ints] = []
     member_prefixes: list[Ints] = []
-    for nodes, parent, is_prefix in _partition(trie):
+    for nodes, parent, is_prefix in _partition(trie, prefix_cost):
         tree = trie.tree(nodes, parent, wanted.flags)
         (prefixes if is_prefix else leaves).append(tree)
         (member_prefixes if is_prefix else members).append(nodes)
@@ -156,11 +159,11 @@ class _Trie:
         return Tree(self.ids[nodes], self.depths[nodes], ends, parent, np.flatnonzero(wanted[nodes]))
 
 
-def _partition(trie: _Trie) -> Iterator[tuple[Ints, int, bool]]:
+def _partition(trie: _Trie, prefix_cost: float) -> Iterator[tuple[Ints, int, bool]]:
     """Nodes of each tree, its parent prefix, and whether it is a prefix itself."""
     prefixes = 0
     stack: list[tuple[int, int, int, int]] = [(0, len(trie.lengths), 0, -1)]
-    planner = _Planner(trie)
+    planner = _Planner(trie, prefix_cost)
     while stack:
         low, high, covered, parent = stack.pop()
         choice = planner.choose(low, high, covered)
@@ -181,8 +184,9 @@ def _partition(trie: _Trie) -> Iterator[tuple[Ints, int, bool]]:
 class _Planner:
     """Decides, for each subtree, what is cheapest: one tree, its children apart, or a kept prefix."""
 
-    def __init__(self, trie: _Trie) -> None:
+    def __init__(self, trie: _Trie, prefix_cost: float) -> None:
         self.trie = trie
+        self.prefix_cost = prefix_cost
         self._costs: dict[tuple[int, int, int], tuple[float, str]] = {}
         self._children: dict[tuple[int, int], list[tuple[int, int]]] = {}
 
@@ -220,7 +224,7 @@ class _Planner:
         if common > covered:
             below = sum(self._best(a, b, common)[0] for a, b in children)
             own = (common - covered) * (1 + ATTENTION_COST * common)
-            options.append((below + own + PREFIX_COST, "prefix"))
+            options.append((below + own + self.prefix_cost, "prefix"))
         return min(options)
 
     def _size(self, low: int, high: int, covered: int) -> int:

@@ -17,9 +17,10 @@ from lm_eval.api.model import LM
 from numpy.typing import NDArray
 from torch import Tensor
 
+from compressor.compute import gpu_matmul_flops
 from compressor.evaluation.encoding import Encoded, Encoder, max_length_of
 from compressor.evaluation.forward import PackedModel
-from compressor.evaluation.packing import Packing, pack
+from compressor.evaluation.packing import PREFIX_COST, Packing, pack
 from compressor.evaluation.schedule import Step, schedule
 from compressor.evaluation.shared_layers import SharedLayers
 
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-HEAD_ROWS = 256
-"""Positions whose logits are held at once."""
+LAUNCH_SECONDS = 2e-4
+"""What a layer takes on a GPU for one more prefix, however short: its kernels are launched one by one."""
 _SOFTMAX_ROWS = 4
 """Positions whose logits are held in fp32 at once: few enough to stay in the cache."""
 _ROLLING_TOKENS = 1 << 16
@@ -58,8 +59,9 @@ class Plan:
     _steps: dict[tuple[torch.device, torch.dtype], list[Step]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, encoded: Sequence[Encoded]) -> Plan:
-        return cls(encoded, pack(encoded))
+    def of(cls, encoded: Sequence[Encoded], prefix_cost: float = PREFIX_COST) -> Plan:
+        """``prefix_cost`` as ``prefix_cost_of`` gives it for the model that the plan is for."""
+        return cls(encoded, pack(encoded, prefix_cost))
 
     @property
     def truncated(self) -> int:
@@ -72,6 +74,18 @@ class Plan:
         if key not in self._steps:
             self._steps[key] = schedule(self.packing, device, dtype)
         return self._steps[key]
+
+
+def prefix_cost_of(model: PreTrainedModel) -> float:
+    """What keeping one more prefix apart costs, in tokens of the model's matrix products.
+
+    Much on a GPU, which computes many tokens of a small model while one prefix's kernels are launched.
+    """
+    if model.device.type != "cuda":
+        return PREFIX_COST
+    base: Any = model.base_model
+    layer_flops: float = 2.0 * sum(parameter.numel() for parameter in base.layers[0].parameters())
+    return LAUNCH_SECONDS * gpu_matmul_flops() / layer_flops
 
 
 def score_plan(plan: Plan, model: PreTrainedModel, shared: SharedLayers | None = None) -> Likelihoods:
@@ -133,7 +147,7 @@ class PackedLM(LM):  # type: ignore[misc]
         """The plan of these requests, made the first time."""
         pairs = tuple(request.args for request in requests)
         if pairs not in self._plans:
-            self._plans[pairs] = Plan.of(self.encoder.encode(pairs))
+            self._plans[pairs] = Plan.of(self.encoder.encode(pairs), prefix_cost_of(self.model))
         return self._plans[pairs]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
@@ -180,9 +194,11 @@ def _collect(packing: Packing, hidden: Tensor, model: PackedModel) -> Likelihood
     logprobs = np.empty(len(rows))
     greedy = np.empty(len(rows), np.bool_)
 
+    held = model.head_rows
+
     def collect(start: int) -> None:
-        low, high = np.searchsorted(rows, (start, start + HEAD_ROWS))
-        logits = model.logits(hidden[start : start + HEAD_ROWS])
+        low, high = np.searchsorted(rows, (start, start + held))
+        logits = model.logits(hidden[start : start + held])
         local = torch.from_numpy(rows[low:high] - start).to(logits.device)
         wanted = torch.from_numpy(targets[low:high]).to(logits.device)
         chosen = logits[local, wanted].float()
@@ -190,7 +206,7 @@ def _collect(packing: Packing, hidden: Tensor, model: PackedModel) -> Likelihood
         logprobs[order[low:high]] = (chosen - normaliser[local]).double().cpu().numpy()
         greedy[order[low:high]] = (chosen >= top[local]).cpu().numpy()
 
-    model.each(collect, range(0, packing.num_rows, HEAD_ROWS))
+    model.each(collect, range(0, packing.num_rows, held))
     starts = packing.request_starts[:-1]
     return Likelihoods(np.add.reduceat(logprobs, starts), np.logical_and.reduceat(greedy, starts))
 

@@ -67,3 +67,11 @@ def test_single_token_choices_of_an_item_share_one_row() -> None:
     packing = pack(requests)
     assert (packing.tokens, packing.num_rows) == (3, 1)
     assert packing.targets.tolist() == [0, 1, 2, 3]
+
+
+def test_a_prefix_is_kept_apart_only_where_that_costs_less() -> None:
+    shots = tuple(range(1000, 1300))
+    requests = [Encoded((*shots, *range(item * 200, item * 200 + 150), 3), scored=1) for item in range(8)]
+    cheap, dear = pack(requests), pack(requests, prefix_cost=10_000)
+    assert (cheap.prefixes, cheap.tokens) == (1, 300 + 8 * 150)
+    assert (dear.prefixes, dear.tokens) == (0, 8 * 450)
