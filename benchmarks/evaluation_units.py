@@ -7,7 +7,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache, cached_property, lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 
 from compressor.compute import fastest_cpu_dtype
 from compressor.engines.memory import peak_bytes
+from compressor.evaluation import kernels
 from compressor.evaluation.scorer import PackedLM
 from compressor.evaluation.tasks import load_tasks
 from compressor.space import SearchSpace, SubNetwork
@@ -161,7 +163,10 @@ class Bench:
         lm.loglikelihood(requests)
         plain = timed(lambda: lm.loglikelihood(requests))["seconds"]
         everywhere = _ExperimentalConfig(profile_all_threads=True)  # passes run in threads of their own
-        with profile(activities=[ProfilerActivity.CPU], experimental_config=everywhere) as profiler:
+        with (
+            _kernels_recorded(),
+            profile(activities=[ProfilerActivity.CPU], experimental_config=everywhere) as profiler,
+        ):
             lm.loglikelihood(requests)
         times = {event.key: event.self_cpu_time_total for event in profiler.key_averages()}
         total = sum(times.values())
@@ -200,9 +205,15 @@ class Bench:
 
 _GROUPS = {
     "matrix products": ("aten::mm", "aten::addmm", "mkldnn::_linear_pointwise"),
-    "attention": ("aten::bmm", "aten::_softmax", "aten::_scaled_dot_product_flash_attention_for_cpu"),
-    "softmax over the vocabulary": ("aten::amax", "aten::sub", "aten::exp_", "aten::sum", "aten::log_"),
-    "gathering and copying": ("aten::index", "aten::index_select", "aten::copy_", "aten::cat"),
+    "attention": (
+        *("aten::bmm", "aten::_softmax", "aten::_scaled_dot_product_flash_attention_for_cpu"),
+        "_masked_softmax",
+    ),
+    "softmax over the vocabulary": (
+        *("aten::amax", "aten::sub", "aten::exp_", "aten::sum", "aten::log_"),
+        "_largest_and_total",
+    ),
+    "gathering and copying": ("aten::index", "aten::index_select", "aten::copy_", "aten::cat", "_by_head"),
     "norms, rotation, gates, residuals": (
         *(
             "aten::mul",
@@ -214,8 +225,31 @@ _GROUPS = {
             "aten::silu_",
         ),
         *("aten::pow", "aten::pow_", "aten::mean", "aten::rsqrt", "aten::linalg_vector_norm", "aten::div_"),
+        *("_rms_norm", "_gated", "_rotated_by_head"),
     ),
 }
+_KERNELS = ("_rms_norm", "_gated", "_rotated_by_head", "_by_head", "_masked_softmax", "_largest_and_total")
+
+
+@contextmanager
+def _kernels_recorded() -> Iterator[None]:
+    """Our own kernels, which torch's profiler doesn't know, recorded by it as well."""
+    plain = {name: getattr(kernels, name) for name in _KERNELS}
+
+    def recorded(name: str) -> Callable[..., None]:
+        def run(*arguments: Any) -> None:
+            with torch.profiler.record_function(name):
+                plain[name](*arguments)
+
+        return run
+
+    for name in _KERNELS:
+        setattr(kernels, name, recorded(name))
+    try:
+        yield
+    finally:
+        for name, kernel in plain.items():
+            setattr(kernels, name, kernel)
 
 
 def matrix_flops(shape: Any, subnet: SubNetwork, tokens: int, rows: int) -> float:

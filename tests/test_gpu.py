@@ -29,7 +29,7 @@ from compressor.supernet.elastic import Elastic
 from compressor.supernet.finetune import FinetuneConfig, finetune
 from compressor.supernet.targets import final_states
 from tests.conftest import SMALL_EFFORT, TINY_PROFILE
-from tests.evaluation.test_scorer import assert_same, by_hflm, make_requests
+from tests.evaluation.test_scorer import assert_same, by_hflm, make_requests, values_of
 from tests.supernet.test_finetune import KilledError, divergence
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no NVIDIA GPU")
@@ -76,10 +76,6 @@ def load_int8(folder: Path) -> PreTrainedModel:
     return loaded.eval()
 
 
-def values(pairs: list[tuple[float, bool]]) -> np.ndarray[Any, Any]:
-    return np.array([value for value, _ in pairs])
-
-
 @pytest.mark.usefixtures("exact_products")
 def test_scores_in_fp32_are_those_of_lm_evals_own_model(
     starter: Path, tokenizer: Any, requests: list[Any]
@@ -95,10 +91,10 @@ def test_scores_in_fewer_bits_are_as_near_to_fp32_as_lm_evals(
     starter: Path, tokenizer: Any, requests: list[Any], numerics: str
 ) -> None:
     """LLM.int8 finds its outliers in what is computed together, so that it rounds another way in ours."""
-    exact = values(PackedLM(load(starter, torch.float32), tokenizer).loglikelihood(requests))
+    exact = values_of(PackedLM(load(starter, torch.float32), tokenizer).loglikelihood(requests))
     model = load_int8(starter) if numerics == "LLM.int8" else load(starter, getattr(torch, numerics))
-    ours = values(PackedLM(model, tokenizer).loglikelihood(requests))
-    theirs = values(by_hflm(model, tokenizer, requests))
+    ours = values_of(PackedLM(model, tokenizer).loglikelihood(requests))
+    theirs = values_of(by_hflm(model, tokenizer, requests))
     assert np.abs(ours - exact).mean() < 1.2 * np.abs(theirs - exact).mean()
 
 

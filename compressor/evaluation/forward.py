@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compressor.errors import InputError
+from compressor.evaluation import kernels
+from compressor.evaluation.kernels import Workspace
 from compressor.evaluation.schedule import LONG_ATTENTION, Call, Rows, Step
 from compressor.evaluation.shared_layers import Passage, SharedLayers
 from compressor.evaluation.workers import side_by_side
@@ -61,7 +63,7 @@ class PackedModel:
         self._shared = shared
         self._known = 0
         self._kept: dict[int, Kept] = {}
-        self._buffers = threading.local()
+        self._memory = Workspace()
         self._rotary_lock = threading.Lock()
         self.apart = self.device.type == "cpu" and all(layer.is_plain for layer in self.layers)
         """Whether passes that don't depend on each other may run side by side."""
@@ -75,10 +77,8 @@ class PackedModel:
         if self.device.type != "cpu" or type(head) is not nn.Linear or head.bias is not None:
             output: Tensor = head(hidden)
             return output
-        buffer: Tensor | None = getattr(self._buffers, "logits", None)
-        if buffer is None or len(buffer) < len(hidden):
-            buffer = self._buffers.logits = hidden.new_empty(len(hidden), head.out_features)
-        return torch.mm(hidden, head.weight.t(), out=buffer[: len(hidden)])
+        buffer = self._memory.take("logits", len(hidden), head.out_features, hidden)
+        return torch.mm(hidden, head.weight.t(), out=buffer)
 
     def each(self, work: Callable[[int], None], numbers: Sequence[int]) -> None:
         """Do ``work`` on each number; on a CPU side by side where the model's modules allow it."""
@@ -120,11 +120,12 @@ class PackedModel:
             cos, sin = (t[0, :, None] for t in self.base.rotary_emb(hidden, step.positions[None]))
         kept: dict[int, Kept] = {prefix: [] for prefix, _, _ in step.keep}
         last = len(self.layers) - 1
+        rotation = _Rotation(cos, sin, in_attention=kernels.suit(hidden) and not step.keep)
         masks = [call.mask(call.full, self.dtype) for call in step.calls]
         places = [_Places.of(call) for call in step.calls]
         for index, layer in enumerate(self.layers[self._known :], self._known):
             normed = _normed(layer.input_norm, hidden)
-            query, key, value = layer.project(normed, cos, sin)
+            query, key, value = layer.project(normed, rotation)
             for prefix, start, end in step.keep:
                 kept[prefix].append(self._extended(step, index, start, key[start:end], value[start:end]))
             if index == last:
@@ -133,11 +134,13 @@ class PackedModel:
                     return None
                 hidden = hidden.index_select(0, step.scored)
             attended = [
-                self._attend(call, index, query, key, value, place, mask if index < last else None)
+                self._attend(
+                    call, index, (query, key, value), rotation, place, mask if index < last else None
+                )
                 for call, place, mask in zip(step.calls, places, masks, strict=True)
             ]
             mixed = torch.cat([part for part in attended if part is not None])
-            hidden = layer.finish(hidden, mixed)
+            hidden = layer.finish(hidden, mixed, self._memory)
             if passage and index < last:
                 passage.leave(index + 1, number, hidden)
         self._kept |= kept
@@ -158,9 +161,8 @@ class PackedModel:
         self,
         call: Call,
         layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
+        states: tuple[Tensor, Tensor, Tensor],
+        rotation: _Rotation,
         places: tuple[_Places, _Places],
         mask: Tensor | None,
     ) -> Tensor | None:
@@ -170,12 +172,9 @@ class PackedModel:
             if call.scored is None:
                 return None
             queries, mask = _Places(call.scored), call.mask(call.scored, self.dtype)
-        q = _by_head(query, queries)
-        k, v = (_by_head(states, keys) for states in (key, value))
-        if call.parent >= 0:
-            before_k, before_v = self._kept[call.parent][layer - self._known]
-            k = torch.cat([before_k.expand(len(k), -1, -1, -1), k], 2)
-            v = torch.cat([before_v.expand(len(v), -1, -1, -1), v], 2)
+        before = self._kept[call.parent][layer - self._known] if call.parent >= 0 else (None, None)
+        scaling = self.layers[layer].scaling
+        q, k, v = _by_heads(states, queries, keys, before, rotation, scaling)
         attention = _fused_attention if call.longest > LONG_ATTENTION else _attention
         return attention(q, k, v, mask, queries)
 
@@ -193,6 +192,31 @@ class _Places:
         """Of its queries and of its keys."""
         queries = cls(call.full)
         return queries, queries if call.keys is call.full else cls(call.keys)
+
+
+def _by_heads(
+    states: tuple[Tensor, Tensor, Tensor],
+    queries: _Places,
+    keys: _Places,
+    before: tuple[Tensor, Tensor] | tuple[None, None],
+    rotation: _Rotation,
+    scaling: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries [B, H, L, D], and keys and values [B, G, P + K, D] with those of a prefix ``before`` them."""
+    query, key, value = states
+    if rotation.in_attention:
+        angles = rotation.cos, rotation.sin
+        q_rows, k_rows = (places.rows for places in (queries, keys))
+        return (
+            kernels.rotated_by_head(query, q_rows.gather, q_rows.length, *angles, scaling, None),
+            kernels.rotated_by_head(key, k_rows.gather, k_rows.length, *angles, 1.0, before[0]),
+            kernels.by_head(value, k_rows.gather, k_rows.length, before[1]),
+        )
+    k, v = (_by_head(states, keys) for states in (key, value))
+    if before[0] is not None and before[1] is not None:
+        k = torch.cat([before[0].expand(len(k), -1, -1, -1), k], 2)
+        v = torch.cat([before[1].expand(len(v), -1, -1, -1), v], 2)
+    return _by_head(query, queries), k, v
 
 
 def _by_head(states: Tensor, places: _Places) -> Tensor:
@@ -223,8 +247,11 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, places: _Places) -
     repeats = heads // groups
     q = q.view(batch * groups, repeats * length, dim)
     scores = torch.bmm(q, k.reshape(batch * groups, keys, dim).transpose(1, 2))
-    scores.view(batch, groups, repeats, length, keys).add_(mask[:, None, None])
-    weights = scores.softmax(-1)
+    if kernels.suit(scores):
+        weights = kernels.masked_softmax(scores.view(batch, heads, length, keys), mask).view_as(scores)
+    else:
+        scores.view(batch, groups, repeats, length, keys).add_(mask[:, None, None])
+        weights = scores.softmax(-1)
     mixed = torch.bmm(weights, v.reshape(batch * groups, keys, dim))
     return mixed.view(-1, dim).index_select(0, places.valid(heads)).view(-1, heads * dim)
 
@@ -235,6 +262,15 @@ def _fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, places: _Pla
     grouped = heads > k.shape[1]
     mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None], scale=1.0, enable_gqa=grouped)
     return mixed.transpose(1, 2).reshape(batch * length, heads * dim).index_select(0, places.rows.valid)
+
+
+@dataclass(frozen=True)
+class _Rotation:
+    """Cosines and sines [N, 1, D] of a pass, and whether attention applies them as it gathers its inputs."""
+
+    cos: Tensor
+    sin: Tensor
+    in_attention: bool
 
 
 @dataclass(frozen=True)
@@ -267,8 +303,9 @@ class _Layer:
         modules = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
         return all(map(_is_plain, (*modules, mlp.gate_proj, mlp.up_proj, mlp.down_proj)))
 
-    def project(self, normed: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated queries [N, H, D], scaled for attention, and keys and values [N, G, D]."""
+    def project(self, normed: Tensor, rotation: _Rotation) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [N, H, D], scaled for attention, and keys and values [N, G, D]; rotated, unless that and
+        the scaling are left to attention."""
         attention = self.attention
         query, key, value = (
             _linear(module, normed).view(len(normed), -1, self.head_dim)
@@ -276,23 +313,38 @@ class _Layer:
         )
         if hasattr(attention, "q_norm"):
             query, key = attention.q_norm(query), attention.k_norm(key)
-        scaled = _rotate(query, cos * self.scaling, sin * self.scaling)
-        return scaled, _rotate(key, cos, sin), value
+        if rotation.in_attention:
+            return query, key, value
+        cos, sin = rotation.cos, rotation.sin
+        return _rotate(query, cos * self.scaling, sin * self.scaling), _rotate(key, cos, sin), value
 
-    def finish(self, hidden: Tensor, mixed: Tensor) -> Tensor:
+    def finish(self, hidden: Tensor, mixed: Tensor, memory: Workspace) -> Tensor:
         """The rest of the layer after attention: output projection, MLP and both residuals."""
-        hidden = _linear_add(self.attention.o_proj, mixed, hidden)
+        hidden = _linear(self.attention.o_proj, mixed).add_(hidden)
         normed = _normed(self.mlp_norm, hidden)
         gate, up, down = self.mlp.gate_proj, self.mlp.up_proj, self.mlp.down_proj
-        if isinstance(self.mlp.act_fn, nn.SiLU | _silu_type()) and _fusible(normed, gate, up):
-            fused = torch.ops.mkldnn._linear_pointwise
-            activated = fused(normed, gate.weight, None, "swish", [], "")
-            inner = fused.binary(normed, activated, up.weight, None, "mul")
-        elif isinstance(self.mlp.act_fn, nn.SiLU | _silu_type()):
-            inner = F.silu(_linear(gate, normed), inplace=True).mul_(_linear(up, normed))
+        silu = isinstance(self.mlp.act_fn, nn.SiLU | _silu_type())
+        if silu and _fusible(normed, gate, up):
+            inner = _gated(normed, gate.weight, up.weight, memory)
         else:
-            inner = self.mlp.act_fn(_linear(gate, normed)).mul_(_linear(up, normed))
-        return _linear_add(down, inner, hidden)
+            gates = _linear(gate, normed)
+            inner = F.silu(gates, inplace=True) if silu else self.mlp.act_fn(gates)
+            inner = inner.mul_(_linear(up, normed))
+        return _linear(down, inner).add_(hidden)
+
+
+def _gated(normed: Tensor, gate: Tensor, up: Tensor, memory: Workspace) -> Tensor:
+    """silu(gate) * up [N, width] in bf16 on a CPU, by our kernel or else by oneDNN's."""
+    if kernels.suit(normed):
+        size = len(normed), len(gate)
+        gates, ups, out = (memory.take(name, *size, normed) for name in ("gate", "up", "gated"))
+        torch.mm(normed, gate.t(), out=gates)
+        torch.mm(normed, up.t(), out=ups)
+        return kernels.gated(gates, ups, out)
+    fused = torch.ops.mkldnn._linear_pointwise
+    activated = fused(normed, gate, None, "swish", [], "")
+    output: Tensor = fused.binary(normed, activated, up, None, "mul")
+    return output
 
 
 def _normed(norm: Any, states: Tensor) -> Tensor:
@@ -300,6 +352,8 @@ def _normed(norm: Any, states: Tensor) -> Tensor:
     if states.device.type != "cpu" or not hasattr(norm, "variance_epsilon") or norm.weight.ndim != 1:
         output: Tensor = norm(states)
         return output
+    if kernels.suit(states) and norm.weight.dtype == states.dtype:
+        return kernels.rms_norm(states, norm.weight, norm.variance_epsilon)
     full = states.float()
     square = torch.linalg.vector_norm(full, dim=-1, keepdim=True).square_()
     scale = square.div_(states.shape[-1]).add_(norm.variance_epsilon).rsqrt_()
@@ -322,14 +376,6 @@ def _linear(module: Any, inputs: Tensor) -> Tensor:
         return output
     weight = module.weight  # a slice of a wider one: fp32 products read it in place, oneDNN's bf16 ones not
     return F.linear(inputs, weight if weight.dtype == torch.float32 else weight.contiguous(), module.bias)
-
-
-def _linear_add(module: Any, inputs: Tensor, residual: Tensor) -> Tensor:
-    if _fusible(inputs, module):
-        weight = module.weight.contiguous()
-        output: Tensor = torch.ops.mkldnn._linear_pointwise.binary(inputs, residual, weight, None, "add")
-        return output
-    return _linear(module, inputs).add_(residual)
 
 
 def _is_plain(module: Any) -> bool:

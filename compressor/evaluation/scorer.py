@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from compressor.compute import gpu_matmul_flops
+from compressor.evaluation import kernels
 from compressor.evaluation.encoding import Encoded, Encoder, max_length_of
 from compressor.evaluation.forward import PackedModel
 from compressor.evaluation.packing import PREFIX_COST, Packing, pack
@@ -213,6 +214,9 @@ def _collect(packing: Packing, hidden: Tensor, model: PackedModel) -> Likelihood
 
 def _top_and_normaliser(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Largest logit and log of the sum of exponentials of each row, in fp32."""
+    if kernels.suit(logits):
+        largest, total = kernels.largest_and_total(logits)
+        return largest, total.log_().add_(largest)
     top = logits.amax(-1).float()
     rows = _SOFTMAX_ROWS if logits.device.type == "cpu" else len(logits)
     parts = zip(torch.split(logits, rows), torch.split(top[:, None], rows), strict=True)

@@ -73,6 +73,10 @@ def by_hflm(model: PreTrainedModel, tokenizer: Any, requests: list[Instance]) ->
     return results
 
 
+def values_of(pairs: list[tuple[float, bool]]) -> np.ndarray[Any, Any]:
+    return np.array([value for value, _ in pairs])
+
+
 def assert_same(ours: list[tuple[float, bool]], theirs: list[tuple[float, bool]], atol: float = 1e-4) -> None:
     np.testing.assert_allclose([x for x, _ in ours], [x for x, _ in theirs], atol=atol)
     assert [g for _, g in ours] == [g for _, g in theirs]
