@@ -100,7 +100,8 @@ def _main_plan(bench: units.Bench, book: _Book, repeats: int) -> Iterator[Unit]:
                 (f"speed/{task}/ours/{repeat}", partial(bench.ours, task)),
             ]
             yield from runs if repeat % 2 == 0 else reversed(runs)
-    yield "breakdown", bench.breakdown
+    for task in ("arc_easy", "winogrande"):
+        yield f"breakdown/{task}", partial(bench.breakdown, task)
     for repeat in range(repeats):
         for share in (0.25, 0.5, 1.0):
             yield f"linear/{share}/{repeat}", partial(bench.ours, "arc_easy", share)

@@ -14,7 +14,8 @@ SPEED_BOUNDS = {"arc_easy": 6.0, "winogrande": 6.0, "mmlu": 8.0}
 def report(done: Units, part: str) -> int:
     """Print everything; 1 if a figure falls short of its bound."""
     checks = _accuracy(done) if part == "accuracy" else _main(done)
-    extra = {name: done[name] for name in ("peak", "breakdown", "race") if name in done and part == "main"}
+    shown = ("peak", "breakdown/", "race")
+    extra = {name: unit for name, unit in done.items() if name.startswith(shown) and part == "main"}
     return conclude(checks, extra)
 
 
@@ -73,9 +74,11 @@ def _costs(done: Units) -> list[Bound]:
         checks.append(Bound("time_half_flops", half / whole, 0.65))
     if peak := done.get("peak"):
         print(f"matrix peak: {peak['bf16_gflop_s']:.0f} GFLOP/s in bf16, {peak['fp32_gflop_s']:.0f} in fp32")
-    if unit := done.get("breakdown"):
+    for unit_name, unit in done.items():
+        if not unit_name.startswith("breakdown/"):
+            continue
         shares = ", ".join(f"{name} {share:.1%}" for name, share in unit["shares"].items())
-        print(f"arc_easy, {unit['seconds']:.2f} s in {unit['dtype']}: {shares}")
+        print(f"{unit_name.partition('/')[2]}, {unit['seconds']:.2f} s in {unit['dtype']}: {shares}")
         print(
             f"its matrix products at the measured peak would take {unit['share_at_fp32_peak']:.1%} of that "
             f"time in fp32, {unit['share_at_bf16_peak']:.1%} in bf16"

@@ -153,13 +153,13 @@ class Bench:
             best[f"{name}_gflop_s"] = 2 * 4096 * 1536 * 1536 / seconds / 1e9
         return best
 
-    def breakdown(self) -> dict[str, Any]:
-        """Where the time of arc_easy goes, by the profiler, and matrix products against the peak."""
+    def breakdown(self, task: str) -> dict[str, Any]:
+        """Where the time of a task goes, by the profiler, and matrix products against the peak."""
         from torch._C._profiler import _ExperimentalConfig
         from torch.profiler import ProfilerActivity, profile
 
         lm = PackedLM(self.own_model, self.tokenizer)
-        requests = self.requests("arc_easy")
+        requests = self.requests(task)
         lm.loglikelihood(requests)
         plain = timed(lambda: lm.loglikelihood(requests))["seconds"]
         everywhere = _ExperimentalConfig(profile_all_threads=True)  # passes run in threads of their own
