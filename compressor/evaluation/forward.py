@@ -23,7 +23,7 @@ from compressor.evaluation import kernels
 from compressor.evaluation.kernels import Workspace
 from compressor.evaluation.schedule import LONG_ATTENTION, Call, Rows, Step
 from compressor.evaluation.shared_layers import Passage, SharedLayers
-from compressor.evaluation.workers import side_by_side
+from compressor.evaluation.workers import most_workers, side_by_side
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -53,7 +53,7 @@ class PackedModel:
                 "use a LLaMA-like model"
             )
         self.model, self.base = model, base
-        self.layers = [_Layer.of(layer) for layer in base.layers[: config.num_hidden_layers]]
+        layers = base.layers[: config.num_hidden_layers]
         self.head: Any = model.get_output_embeddings()
         self.hidden_size: int = config.hidden_size
         self.dtype: torch.dtype = base.norm.weight.dtype
@@ -65,8 +65,12 @@ class PackedModel:
         self._kept: dict[int, Kept] = {}
         self._memory = Workspace()
         self._rotary_lock = threading.Lock()
-        self.apart = self.device.type == "cpu" and all(layer.is_plain for layer in self.layers)
+        self.apart = self.device.type == "cpu" and all(map(_has_plain_products, layers))
         """Whether passes that don't depend on each other may run side by side."""
+        threads = torch.get_num_threads() // (most_workers() if self.apart else 1)
+        self.fused = kernels.suit(base.norm.weight, threads)
+        """Whether our kernels compute what is no matrix product: in every pass, as they round otherwise."""
+        self.layers = [_Layer.of(layer, self.fused) for layer in layers]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [n, vocabulary] of final hidden states [n, hidden], valid until the thread's next call.
@@ -98,7 +102,7 @@ class PackedModel:
         def compute(number: int) -> None:
             hidden = self._forward(steps[number], passage, number)
             if hidden is not None:
-                outputs[steps[number].rows] = _normed(self.base.norm, hidden)
+                outputs[steps[number].rows] = _normed(self.base.norm, hidden, self.fused)
 
         for keeps, numbers in groupby(range(len(steps)), lambda n: bool(steps[n].keep)):
             for group in ([n] for n in numbers) if keeps else [list(numbers)]:
@@ -120,11 +124,11 @@ class PackedModel:
             cos, sin = (t[0, :, None] for t in self.base.rotary_emb(hidden, step.positions[None]))
         kept: dict[int, Kept] = {prefix: [] for prefix, _, _ in step.keep}
         last = len(self.layers) - 1
-        rotation = _Rotation(cos, sin, in_attention=kernels.suit(hidden) and not step.keep)
+        rotation = _Rotation(cos, sin, in_attention=self.fused and not step.keep)
         masks = [call.mask(call.full, self.dtype) for call in step.calls]
         places = [_Places.of(call) for call in step.calls]
         for index, layer in enumerate(self.layers[self._known :], self._known):
-            normed = _normed(layer.input_norm, hidden)
+            normed = _normed(layer.input_norm, hidden, self.fused)
             query, key, value = layer.project(normed, rotation)
             for prefix, start, end in step.keep:
                 kept[prefix].append(self._extended(step, index, start, key[start:end], value[start:end]))
@@ -175,8 +179,9 @@ class PackedModel:
         before = self._kept[call.parent][layer - self._known] if call.parent >= 0 else (None, None)
         scaling = self.layers[layer].scaling
         q, k, v = _by_heads(states, queries, keys, before, rotation, scaling)
-        attention = _fused_attention if call.longest > LONG_ATTENTION else _attention
-        return attention(q, k, v, mask, queries)
+        if call.longest > LONG_ATTENTION:
+            return _flash_attention(q, k, v, mask, queries)
+        return _attention(q, k, v, mask, queries, self.fused)
 
 
 class _Places:
@@ -237,7 +242,7 @@ def top_tokens(logits: Tensor) -> Tensor:
     return best * _ARGMAX_BLOCK + within
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, places: _Places) -> Tensor:
+def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, places: _Places, fused: bool) -> Tensor:
     """Grouped-query attention by two batched matrix products; q [B, H, L, D], k and v [B, G, K, D].
 
     The mask is [B, L, K]. Returns [n, H * D] for the rows that are no padding.
@@ -247,7 +252,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, places: _Places) -
     repeats = heads // groups
     q = q.view(batch * groups, repeats * length, dim)
     scores = torch.bmm(q, k.reshape(batch * groups, keys, dim).transpose(1, 2))
-    if kernels.suit(scores):
+    if fused:
         weights = kernels.masked_softmax(scores.view(batch, heads, length, keys), mask).view_as(scores)
     else:
         scores.view(batch, groups, repeats, length, keys).add_(mask[:, None, None])
@@ -256,7 +261,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, places: _Places) -
     return mixed.view(-1, dim).index_select(0, places.valid(heads)).view(-1, heads * dim)
 
 
-def _fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, places: _Places) -> Tensor:
+def _flash_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, places: _Places) -> Tensor:
     """The same through the fused kernel, for long sequences."""
     batch, heads, length, dim = q.shape
     grouped = heads > k.shape[1]
@@ -283,9 +288,10 @@ class _Layer:
     mlp_norm: Callable[[Tensor], Tensor]
     head_dim: int
     scaling: float
+    fused: bool
 
     @classmethod
-    def of(cls, layer: Any) -> _Layer:
+    def of(cls, layer: Any, fused: bool) -> _Layer:
         attention = layer.self_attn
         return cls(
             attention,
@@ -294,14 +300,8 @@ class _Layer:
             layer.post_attention_layernorm,
             attention.head_dim,
             attention.scaling,
+            fused,
         )
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether its matrix products are no more than that, and change nothing when they are computed."""
-        attention, mlp = self.attention, self.mlp
-        modules = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
-        return all(map(_is_plain, (*modules, mlp.gate_proj, mlp.up_proj, mlp.down_proj)))
 
     def project(self, normed: Tensor, rotation: _Rotation) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [N, H, D], scaled for attention, and keys and values [N, G, D]; rotated, unless that and
@@ -321,11 +321,11 @@ class _Layer:
     def finish(self, hidden: Tensor, mixed: Tensor, memory: Workspace) -> Tensor:
         """The rest of the layer after attention: output projection, MLP and both residuals."""
         hidden = _linear(self.attention.o_proj, mixed).add_(hidden)
-        normed = _normed(self.mlp_norm, hidden)
+        normed = _normed(self.mlp_norm, hidden, self.fused)
         gate, up, down = self.mlp.gate_proj, self.mlp.up_proj, self.mlp.down_proj
         silu = isinstance(self.mlp.act_fn, nn.SiLU | _silu_type())
         if silu and _fusible(normed, gate, up):
-            inner = _gated(normed, gate.weight, up.weight, memory)
+            inner = _gated(normed, gate.weight, up.weight, memory if self.fused else None)
         else:
             gates = _linear(gate, normed)
             inner = F.silu(gates, inplace=True) if silu else self.mlp.act_fn(gates)
@@ -333,9 +333,9 @@ class _Layer:
         return _linear(down, inner).add_(hidden)
 
 
-def _gated(normed: Tensor, gate: Tensor, up: Tensor, memory: Workspace) -> Tensor:
-    """silu(gate) * up [N, width] in bf16 on a CPU, by our kernel or else by oneDNN's."""
-    if kernels.suit(normed):
+def _gated(normed: Tensor, gate: Tensor, up: Tensor, memory: Workspace | None) -> Tensor:
+    """silu(gate) * up [N, width] in bf16 on a CPU, by our kernel in that memory, or else by oneDNN's."""
+    if memory:
         size = len(normed), len(gate)
         gates, ups, out = (memory.take(name, *size, normed) for name in ("gate", "up", "gated"))
         torch.mm(normed, gate.t(), out=gates)
@@ -347,12 +347,12 @@ def _gated(normed: Tensor, gate: Tensor, up: Tensor, memory: Workspace) -> Tenso
     return output
 
 
-def _normed(norm: Any, states: Tensor) -> Tensor:
+def _normed(norm: Any, states: Tensor, fused: bool) -> Tensor:
     """RMS norm (arXiv 1910.07467) of [N, hidden], its sums in fp32, by fewer passes than the module's own."""
     if states.device.type != "cpu" or not hasattr(norm, "variance_epsilon") or norm.weight.ndim != 1:
         output: Tensor = norm(states)
         return output
-    if kernels.suit(states) and norm.weight.dtype == states.dtype:
+    if fused and norm.weight.dtype == states.dtype:
         return kernels.rms_norm(states, norm.weight, norm.variance_epsilon)
     full = states.float()
     square = torch.linalg.vector_norm(full, dim=-1, keepdim=True).square_()
@@ -376,6 +376,13 @@ def _linear(module: Any, inputs: Tensor) -> Tensor:
         return output
     weight = module.weight  # a slice of a wider one: fp32 products read it in place, oneDNN's bf16 ones not
     return F.linear(inputs, weight if weight.dtype == torch.float32 else weight.contiguous(), module.bias)
+
+
+def _has_plain_products(layer: Any) -> bool:
+    """Whether a layer's matrix products are no more than that, and change nothing when they are computed."""
+    attention, mlp = layer.self_attn, layer.mlp
+    modules = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+    return all(map(_is_plain, (*modules, mlp.gate_proj, mlp.up_proj, mlp.down_proj)))
 
 
 def _is_plain(module: Any) -> bool:

@@ -35,10 +35,9 @@ Bits = NDArray[np.uint16]
 """bf16 numbers as their bits, which numpy and numba have no type for."""
 
 
-def suit(states: Tensor) -> bool:
-    """Whether these kernels are the fastest way to compute on ``states``."""
-    on_cpu = states.device.type == "cpu" and states.dtype == torch.bfloat16
-    return on_cpu and torch.get_num_threads() <= MOST_THREADS
+def suit(weight: Tensor, threads: int) -> bool:
+    """Whether these kernels are the fastest way through a model of such weights, ``threads`` to a pass."""
+    return weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and threads <= MOST_THREADS
 
 
 def rms_norm(states: Tensor, weight: Tensor, epsilon: float) -> Tensor:

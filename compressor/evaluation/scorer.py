@@ -203,7 +203,7 @@ def _collect(packing: Packing, hidden: Tensor, model: PackedModel) -> Likelihood
         local = torch.from_numpy(rows[low:high] - start).to(logits.device)
         wanted = torch.from_numpy(targets[low:high]).to(logits.device)
         chosen = logits[local, wanted].float()
-        top, normaliser = _top_and_normaliser(logits)
+        top, normaliser = _top_and_normaliser(logits, model.fused)
         logprobs[order[low:high]] = (chosen - normaliser[local]).double().cpu().numpy()
         greedy[order[low:high]] = (chosen >= top[local]).cpu().numpy()
 
@@ -212,9 +212,9 @@ def _collect(packing: Packing, hidden: Tensor, model: PackedModel) -> Likelihood
     return Likelihoods(np.add.reduceat(logprobs, starts), np.logical_and.reduceat(greedy, starts))
 
 
-def _top_and_normaliser(logits: Tensor) -> tuple[Tensor, Tensor]:
+def _top_and_normaliser(logits: Tensor, fused: bool) -> tuple[Tensor, Tensor]:
     """Largest logit and log of the sum of exponentials of each row, in fp32."""
-    if kernels.suit(logits):
+    if fused:
         largest, total = kernels.largest_and_total(logits)
         return largest, total.log_().add_(largest)
     top = logits.amax(-1).float()

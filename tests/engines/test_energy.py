@@ -6,13 +6,20 @@ from pathlib import Path
 
 import pytest
 
+from compressor.engines import energy
 from compressor.engines.energy import EnergyMeter
 
 
-def zone(folder: Path, name: str, energy: int) -> Path:
+@pytest.fixture(autouse=True)
+def without_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counters of the CPU alone, also on a machine whose GPUs have some."""
+    monkeypatch.setattr(energy, "_gpus_joules", lambda: None)
+
+
+def zone(folder: Path, name: str, microjoules: int) -> Path:
     made = folder / name
     made.mkdir(exist_ok=True)
-    (made / "energy_uj").write_text(f"{energy}\n")
+    (made / "energy_uj").write_text(f"{microjoules}\n")
     (made / "max_energy_range_uj").write_text("10000000\n")
     return made
 

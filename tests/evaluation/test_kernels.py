@@ -106,7 +106,7 @@ def test_a_broken_model_scores_no_number(tiny_model_folder: Path) -> None:
     assert np.isnan(values_of(lm.loglikelihood(make_requests(6)))).all()
 
 
-@pytest.mark.parametrize("threads", [1, 8])
+@pytest.mark.parametrize("threads", [1, 16])
 def test_with_many_threads_torchs_own_kernels_give_the_same(tiny_model_folder: Path, threads: int) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.float32).eval()
     tokenizer, requests = AutoTokenizer.from_pretrained(tiny_model_folder), make_requests(24)

@@ -93,7 +93,7 @@ def launched(tmp_path: Path, flags: tuple[str, ...], **changes: Any) -> Tuned:
 
 def launch(script: Path, flags: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
     module = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2"]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     command = [*module, *flags, str(script)]
     return subprocess.run(
         command, capture_output=True, text=True, timeout=300, cwd=script.parent, env=environment
