@@ -58,6 +58,9 @@ def main() -> int:
     parser.add_argument("--parts", default=",".join(PARTS), help="what to measure")
     parser.add_argument("--models", default=",".join(BATCHES), help="on what")
     options = parser.parse_args()
+    for given, known in ((options.parts, PARTS), (options.models, tuple(BATCHES))):
+        if unknown := sorted(set(given.split(",")) - set(known)):
+            parser.error(f"no {', '.join(unknown)}: choose from {', '.join(known)}")
     if not torch.cuda.is_available():
         print("torch sees no NVIDIA GPU: nothing to measure")
         return 0
@@ -68,7 +71,7 @@ def main() -> int:
     peak = product_flops(torch.device("cuda"), torch.bfloat16)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {peak / 1e12:.0f} TFLOP/s in bf16")
     parts, bounds, figures = options.parts.split(","), [], {"bf16_tflop_s": peak / 1e12}
-    measures: dict[str, Callable[[str, Bench], dict[str, Any]]] = {
+    measures: dict[str, Callable[[str, Bench], Any]] = {
         "scorer": scorer,
         "speed": speed,
         "tuning": tuning,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cache
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from compressor.errors import InputError
 from compressor.evaluation import kernels
 from compressor.evaluation.kernels import Workspace
+from compressor.evaluation.layer import Layer, Rotation, has_plain_products, normed_states
 from compressor.evaluation.schedule import LONG_ATTENTION, Call, Rows, Step
 from compressor.evaluation.shared_layers import Passage, SharedLayers
 from compressor.evaluation.workers import most_workers, side_by_side
@@ -65,12 +65,12 @@ class PackedModel:
         self._kept: dict[int, Kept] = {}
         self._memory = Workspace()
         self._rotary_lock = threading.Lock()
-        self.apart = self.device.type == "cpu" and all(map(_has_plain_products, layers))
+        self.apart = self.device.type == "cpu" and all(map(has_plain_products, layers))
         """Whether passes that don't depend on each other may run side by side."""
         threads = torch.get_num_threads() // (most_workers() if self.apart else 1)
         self.fused = kernels.suit(base.norm.weight, threads)
         """Whether our kernels compute what is no matrix product: in every pass, as they round otherwise."""
-        self.layers = [_Layer.of(layer, self.fused) for layer in layers]
+        self.layers = [Layer.of(layer, self.fused) for layer in layers]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [n, vocabulary] of final hidden states [n, hidden], valid until the thread's next call.
@@ -102,7 +102,7 @@ class PackedModel:
         def compute(number: int) -> None:
             hidden = self._forward(steps[number], passage, number)
             if hidden is not None:
-                outputs[steps[number].rows] = _normed(self.base.norm, hidden, self.fused)
+                outputs[steps[number].rows] = normed_states(self.base.norm, hidden, self.fused)
 
         for keeps, numbers in groupby(range(len(steps)), lambda n: bool(steps[n].keep)):
             for group in ([n] for n in numbers) if keeps else [list(numbers)]:
@@ -124,11 +124,11 @@ class PackedModel:
             cos, sin = (t[0, :, None] for t in self.base.rotary_emb(hidden, step.positions[None]))
         kept: dict[int, Kept] = {prefix: [] for prefix, _, _ in step.keep}
         last = len(self.layers) - 1
-        rotation = _Rotation(cos, sin, in_attention=self.fused and not step.keep)
+        rotation = Rotation(cos, sin, in_attention=self.fused and not step.keep)
         masks = [call.mask(call.full, self.dtype) for call in step.calls]
         places = [_Places.of(call) for call in step.calls]
         for index, layer in enumerate(self.layers[self._known :], self._known):
-            normed = _normed(layer.input_norm, hidden, self.fused)
+            normed = normed_states(layer.input_norm, hidden, self.fused)
             query, key, value = layer.project(normed, rotation)
             for prefix, start, end in step.keep:
                 kept[prefix].append(self._extended(step, index, start, key[start:end], value[start:end]))
@@ -166,7 +166,7 @@ class PackedModel:
         call: Call,
         layer: int,
         states: tuple[Tensor, Tensor, Tensor],
-        rotation: _Rotation,
+        rotation: Rotation,
         places: tuple[_Places, _Places],
         mask: Tensor | None,
     ) -> Tensor | None:
@@ -204,7 +204,7 @@ def _by_heads(
     queries: _Places,
     keys: _Places,
     before: tuple[Tensor, Tensor] | tuple[None, None],
-    rotation: _Rotation,
+    rotation: Rotation,
     scaling: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries [B, H, L, D], and keys and values [B, G, P + K, D] with those of a prefix ``before`` them."""
@@ -267,143 +267,3 @@ def _flash_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, places: _Pla
     grouped = heads > k.shape[1]
     mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None], scale=1.0, enable_gqa=grouped)
     return mixed.transpose(1, 2).reshape(batch * length, heads * dim).index_select(0, places.rows.valid)
-
-
-@dataclass(frozen=True)
-class _Rotation:
-    """Cosines and sines [N, 1, D] of a pass, and whether attention applies them as it gathers its inputs."""
-
-    cos: Tensor
-    sin: Tensor
-    in_attention: bool
-
-
-@dataclass(frozen=True)
-class _Layer:
-    """One decoder layer's modules, read from the model as it stands."""
-
-    attention: Any
-    mlp: Any
-    input_norm: Callable[[Tensor], Tensor]
-    mlp_norm: Callable[[Tensor], Tensor]
-    head_dim: int
-    scaling: float
-    fused: bool
-
-    @classmethod
-    def of(cls, layer: Any, fused: bool) -> _Layer:
-        attention = layer.self_attn
-        return cls(
-            attention,
-            layer.mlp,
-            layer.input_layernorm,
-            layer.post_attention_layernorm,
-            attention.head_dim,
-            attention.scaling,
-            fused,
-        )
-
-    def project(self, normed: Tensor, rotation: _Rotation) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [N, H, D], scaled for attention, and keys and values [N, G, D]; rotated, unless that and
-        the scaling are left to attention."""
-        attention = self.attention
-        query, key, value = (
-            _linear(module, normed).view(len(normed), -1, self.head_dim)
-            for module in (attention.q_proj, attention.k_proj, attention.v_proj)
-        )
-        if hasattr(attention, "q_norm"):
-            query, key = attention.q_norm(query), attention.k_norm(key)
-        if rotation.in_attention:
-            return query, key, value
-        cos, sin = rotation.cos, rotation.sin
-        return _rotate(query, cos * self.scaling, sin * self.scaling), _rotate(key, cos, sin), value
-
-    def finish(self, hidden: Tensor, mixed: Tensor, memory: Workspace) -> Tensor:
-        """The rest of the layer after attention: output projection, MLP and both residuals."""
-        hidden = _linear(self.attention.o_proj, mixed).add_(hidden)
-        normed = _normed(self.mlp_norm, hidden, self.fused)
-        gate, up, down = self.mlp.gate_proj, self.mlp.up_proj, self.mlp.down_proj
-        silu = isinstance(self.mlp.act_fn, nn.SiLU | _silu_type())
-        if silu and _fusible(normed, gate, up):
-            inner = _gated(normed, gate.weight, up.weight, memory if self.fused else None)
-        else:
-            gates = _linear(gate, normed)
-            inner = F.silu(gates, inplace=True) if silu else self.mlp.act_fn(gates)
-            inner = inner.mul_(_linear(up, normed))
-        return _linear(down, inner).add_(hidden)
-
-
-def _gated(normed: Tensor, gate: Tensor, up: Tensor, memory: Workspace | None) -> Tensor:
-    """silu(gate) * up [N, width] in bf16 on a CPU, by our kernel in that memory, or else by oneDNN's."""
-    if memory:
-        size = len(normed), len(gate)
-        gates, ups, out = (memory.take(name, *size, normed) for name in ("gate", "up", "gated"))
-        torch.mm(normed, gate.t(), out=gates)
-        torch.mm(normed, up.t(), out=ups)
-        return kernels.gated(gates, ups, out)
-    fused = torch.ops.mkldnn._linear_pointwise
-    activated = fused(normed, gate, None, "swish", [], "")
-    output: Tensor = fused.binary(normed, activated, up, None, "mul")
-    return output
-
-
-def _normed(norm: Any, states: Tensor, fused: bool) -> Tensor:
-    """RMS norm (arXiv 1910.07467) of [N, hidden], its sums in fp32, by fewer passes than the module's own."""
-    if states.device.type != "cpu" or not hasattr(norm, "variance_epsilon") or norm.weight.ndim != 1:
-        output: Tensor = norm(states)
-        return output
-    if fused and norm.weight.dtype == states.dtype:
-        return kernels.rms_norm(states, norm.weight, norm.variance_epsilon)
-    full = states.float()
-    square = torch.linalg.vector_norm(full, dim=-1, keepdim=True).square_()
-    scale = square.div_(states.shape[-1]).add_(norm.variance_epsilon).rsqrt_()
-    scaled = full * scale if full is states else full.mul_(scale)
-    return scaled.to(states.dtype).mul_(norm.weight)
-
-
-def _rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding of [N, heads, D] by cos and sin [N, 1, D] (RoFormer, arXiv 2104.09864)."""
-    half = states.shape[-1] // 2
-    rotated = states * cos
-    rotated[..., :half].addcmul_(states[..., half:], sin[..., :half], value=-1)
-    rotated[..., half:].addcmul_(states[..., :half], sin[..., half:])
-    return rotated
-
-
-def _linear(module: Any, inputs: Tensor) -> Tensor:
-    if not _is_plain(module):
-        output: Tensor = module(inputs)
-        return output
-    weight = module.weight  # a slice of a wider one: fp32 products read it in place, oneDNN's bf16 ones not
-    return F.linear(inputs, weight if weight.dtype == torch.float32 else weight.contiguous(), module.bias)
-
-
-def _has_plain_products(layer: Any) -> bool:
-    """Whether a layer's matrix products are no more than that, and change nothing when they are computed."""
-    attention, mlp = layer.self_attn, layer.mlp
-    modules = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
-    return all(map(_is_plain, (*modules, mlp.gate_proj, mlp.up_proj, mlp.down_proj)))
-
-
-def _is_plain(module: Any) -> bool:
-    """Whether the module is a matrix product with its ``weight``: a Linear, or a slice of one."""
-    if type(module) is nn.Linear:
-        return True
-    own = next(module.parameters(recurse=False), None)
-    return own is None and [type(child) for child in module.children()] == [nn.Linear]
-
-
-def _fusible(inputs: Tensor, *modules: Any) -> bool:
-    """Whether oneDNN can fuse what follows the product, in bf16 on a CPU that computes it."""
-    return (
-        inputs.device.type == "cpu"
-        and inputs.dtype == torch.bfloat16
-        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        and all(_is_plain(module) and module.bias is None for module in modules)
-    )
-
-
-def _silu_type() -> type:
-    from transformers.activations import ACT2FN
-
-    return type(ACT2FN["silu"])
