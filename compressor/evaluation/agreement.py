@@ -151,7 +151,7 @@ def torch_predict(model: PreTrainedModel, shared: SharedLayers | None = None) ->
     """
     import torch
 
-    from compressor.evaluation.forward import PackedModel, top_tokens
+    from compressor.evaluation.forward import PackedModel
     from compressor.evaluation.packing import pack_rows
     from compressor.evaluation.schedule import schedule
 
@@ -165,13 +165,13 @@ def torch_predict(model: PreTrainedModel, shared: SharedLayers | None = None) ->
             packed = PackedModel(model, shared)
             steps = schedule(pack_rows(ids), packed.device, packed.dtype)
             hidden = packed.run(steps, ids.size)
+            rows = packed.head.logit_rows
             top = torch.empty(ids.size, dtype=torch.long, device=hidden.device)
 
             def choose(start: int) -> None:
-                end = start + packed.head_rows
-                top[start:end] = top_tokens(packed.logits(hidden[start:end]))
+                top[start : start + rows] = packed.head.top_tokens(hidden[start : start + rows])
 
-            packed.each(choose, range(0, ids.size, packed.head_rows))
+            packed.each(choose, range(0, ids.size, rows))
         result: NDArray[np.integer] = top.reshape(ids.shape).cpu().numpy()
         return result
 

@@ -10,15 +10,16 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from functools import cache
-from itertools import groupby
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from compressor.errors import InputError
-from compressor.evaluation import kernels
+from compressor.evaluation import attention, kernels
+from compressor.evaluation.head import Head
 from compressor.evaluation.kernels import Workspace
 from compressor.evaluation.layer import Layer, Rotation, has_plain_products, normed_states
 from compressor.evaluation.schedule import LONG_ATTENTION, Call, Rows, Step
@@ -28,8 +29,7 @@ from compressor.evaluation.workers import most_workers, side_by_side
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_ARGMAX_BLOCK = 128
-_HEAD_ROWS = {"cpu": 256, "cuda": 2048}
+_CONTIGUOUS = torch.contiguous_format
 _PARTS = ("embed_tokens", "layers", "norm", "rotary_emb")
 
 Kept = list[tuple[Tensor, Tensor]]
@@ -54,12 +54,9 @@ class PackedModel:
             )
         self.model, self.base = model, base
         layers = base.layers[: config.num_hidden_layers]
-        self.head: Any = model.get_output_embeddings()
         self.hidden_size: int = config.hidden_size
         self.dtype: torch.dtype = base.norm.weight.dtype
         self.device: torch.device = base.norm.weight.device
-        self.head_rows = _HEAD_ROWS.get(self.device.type, _HEAD_ROWS["cpu"])
-        """Positions whose logits are best held at once."""
         self._shared = shared
         self._known = 0
         self._kept: dict[int, Kept] = {}
@@ -71,18 +68,9 @@ class PackedModel:
         self.fused = kernels.suit(base.norm.weight, threads)
         """Whether our kernels compute what is no matrix product: in every pass, as they round otherwise."""
         self.layers = [Layer.of(layer, self.fused) for layer in layers]
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Logits [n, vocabulary] of final hidden states [n, hidden], valid until the thread's next call.
-
-        On a CPU they lie in one buffer, since the page faults of fresh memory cost a tenth of the product.
-        """
-        head = self.head
-        if self.device.type != "cpu" or type(head) is not nn.Linear or head.bias is not None:
-            output: Tensor = head(hidden)
-            return output
-        buffer = self._memory.take("logits", len(hidden), head.out_features, hidden)
-        return torch.mm(hidden, head.weight.t(), out=buffer)
+        self.tiled = self.fused and attention.suit(base.norm.weight, self.layers[0].head_dim)
+        """Whether attention is computed by the matrix unit."""
+        self.head = Head(model.get_output_embeddings(), self.device, self.fused, self._memory)
 
     def each(self, work: Callable[[int], None], numbers: Sequence[int]) -> None:
         """Do ``work`` on each number; on a CPU side by side where the model's modules allow it."""
@@ -104,11 +92,11 @@ class PackedModel:
             if hidden is not None:
                 outputs[steps[number].rows] = normed_states(self.base.norm, hidden, self.fused)
 
-        for keeps, numbers in groupby(range(len(steps)), lambda n: bool(steps[n].keep)):
-            for group in ([n] for n in numbers) if keeps else [list(numbers)]:
-                self.each(compute, group)
-                for prefix in (prefix for number in group for prefix in steps[number].drop):
-                    self._kept.pop(prefix, None)
+        starts = [number for number, step in enumerate(steps) if step.waits or number == 0]
+        for start, end in pairwise([*starts, len(steps)]):
+            self.each(compute, range(start, end))
+            for prefix in (prefix for step in steps[start:end] for prefix in step.drop):
+                self._kept.pop(prefix, None)
         self._kept = {}
         if self._shared and passage:
             self._shared.keep(passage)
@@ -125,11 +113,11 @@ class PackedModel:
         kept: dict[int, Kept] = {prefix: [] for prefix, _, _ in step.keep}
         last = len(self.layers) - 1
         rotation = Rotation(cos, sin, in_attention=self.fused and not step.keep)
-        masks = [call.mask(call.full, self.dtype) for call in step.calls]
+        masks = [] if self.tiled else [call.mask(call.full, self.dtype) for call in step.calls]
         places = [_Places.of(call) for call in step.calls]
         for index, layer in enumerate(self.layers[self._known :], self._known):
             normed = normed_states(layer.input_norm, hidden, self.fused)
-            query, key, value = layer.project(normed, rotation)
+            query, key, value = layer.project(normed, rotation, self._memory)
             for prefix, start, end in step.keep:
                 kept[prefix].append(self._extended(step, index, start, key[start:end], value[start:end]))
             if index == last:
@@ -137,13 +125,7 @@ class PackedModel:
                     self._kept |= kept
                     return None
                 hidden = hidden.index_select(0, step.scored)
-            attended = [
-                self._attend(
-                    call, index, (query, key, value), rotation, place, mask if index < last else None
-                )
-                for call, place, mask in zip(step.calls, places, masks, strict=True)
-            ]
-            mixed = torch.cat([part for part in attended if part is not None])
+            mixed = self._attention(step, index, (query, key, value), rotation, places, masks)
             hidden = layer.finish(hidden, mixed, self._memory)
             if passage and index < last:
                 passage.leave(index + 1, number, hidden)
@@ -155,30 +137,54 @@ class PackedModel:
     ) -> tuple[Tensor, Tensor]:
         """A prefix's keys and values with those of what it hangs from, as later steps read them."""
         parent = next(call.parent for call in step.calls if call.start <= start < call.end)
-        own = key.transpose(0, 1).contiguous(), value.transpose(0, 1).contiguous()
+        own = key.transpose(0, 1), value.transpose(0, 1)
         if parent < 0:
-            return own
+            return own[0].clone(memory_format=_CONTIGUOUS), own[1].clone(memory_format=_CONTIGUOUS)
         before = self._kept[parent][layer - self._known]
         return torch.cat([before[0], own[0]], 1), torch.cat([before[1], own[1]], 1)
+
+    def _attention(
+        self,
+        step: Step,
+        layer: int,
+        states: tuple[Tensor, Tensor, Tensor],
+        rotation: Rotation,
+        places: Sequence[tuple[_Places, _Places]],
+        masks: Sequence[Tensor],
+    ) -> Tensor:
+        """Attention output [N, heads * head dim] of all rows; of the scored ones in the last layer."""
+        last = layer == len(self.layers) - 1
+        before = [
+            self._kept[call.parent][layer - self._known] if call.parent >= 0 else None for call in step.calls
+        ]
+        scaling = self.layers[layer].scaling
+        if self.tiled:
+            queries = [call.scored if last else call.full for call in step.calls]
+            angles = (rotation.cos, rotation.sin) if rotation.in_attention else None
+            return attention.attend(step.calls, queries, states, angles, scaling, before, self._memory)
+        parts = []
+        for call, past, (full, keys), mask in zip(step.calls, before, places, masks, strict=True):
+            if not last:
+                parts.append(self._attend(call, states, rotation, scaling, full, keys, past, mask))
+            elif call.scored is not None:
+                mask = call.mask(call.scored, self.dtype)
+                scored = _Places(call.scored)
+                parts.append(self._attend(call, states, rotation, scaling, scored, keys, past, mask))
+        return torch.cat(parts)
 
     def _attend(
         self,
         call: Call,
-        layer: int,
         states: tuple[Tensor, Tensor, Tensor],
         rotation: Rotation,
-        places: tuple[_Places, _Places],
-        mask: Tensor | None,
-    ) -> Tensor | None:
-        """Attention output [rows of the call, heads * head dim]; without a mask, of scored rows only."""
-        queries, keys = places
-        if mask is None:
-            if call.scored is None:
-                return None
-            queries, mask = _Places(call.scored), call.mask(call.scored, self.dtype)
-        before = self._kept[call.parent][layer - self._known] if call.parent >= 0 else (None, None)
-        scaling = self.layers[layer].scaling
-        q, k, v = _by_heads(states, queries, keys, before, rotation, scaling)
+        scaling: float,
+        queries: _Places,
+        keys: _Places,
+        past: tuple[Tensor, Tensor] | None,
+        mask: Tensor,
+    ) -> Tensor:
+        """Attention output [n, heads * head dim] of a call's queries, on padded batches."""
+        q, k, v = _by_heads(states, queries, keys, past or (None, None), rotation, scaling)
         if call.longest > LONG_ATTENTION:
             return _flash_attention(q, k, v, mask, queries)
         return _attention(q, k, v, mask, queries, self.fused)
@@ -229,17 +235,6 @@ def _by_head(states: Tensor, places: _Places) -> Tensor:
     heads, dim = states.shape[1:]
     picked = states.reshape(-1, dim).index_select(0, places.gather(heads))
     return picked.view(places.rows.batch, heads, places.rows.length, dim)
-
-
-def top_tokens(logits: Tensor) -> Tensor:
-    """First index of the largest logit of each row [N, V]; in two stages, since argmax is slow in bf16."""
-    vocabulary = logits.shape[-1]
-    if vocabulary % _ARGMAX_BLOCK:
-        return logits.argmax(-1)
-    blocks = logits.view(len(logits), -1, _ARGMAX_BLOCK)
-    best = blocks.amax(-1).argmax(-1)
-    within = blocks[torch.arange(len(logits), device=logits.device), best].argmax(-1)
-    return best * _ARGMAX_BLOCK + within
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, places: _Places, fused: bool) -> Tensor:

@@ -25,7 +25,7 @@ _ANY_ORDER = {"reassoc", "contract", "nsz", "arcp", "nnan"}
 _LOG2_E = np.float32(1.4426950408889634)
 _LEAST_EXPONENT, _MOST_EXPONENT = np.float32(-127.0), np.float32(127.0)
 _BIAS, _MANTISSA_BITS = np.int32(127), np.int32(23)
-_EXP2 = tuple(map(np.float32, (1.8671302e-3, 9.0170298e-3, 5.5799913e-2, 2.4016444e-1, 6.931513e-1, 1.0)))
+EXP2 = tuple(map(np.float32, (1.8671302e-3, 9.0170298e-3, 5.5799913e-2, 2.4016444e-1, 6.931513e-1, 1.0)))
 """2**x for x in [0, 1): a polynomial fitted to the smallest relative error, 8e-8 and its rounding."""
 _ROUNDING = np.uint32(0x7FFF)
 _LEAST_INTEGER, _SIGN, _ALL_BUT_SIGN = np.int32(-(2**31)), np.int32(31), np.int32(2**31 - 1)
@@ -43,13 +43,13 @@ def suit(weight: Tensor, threads: int) -> bool:
 def rms_norm(states: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """RMS norm (arXiv 1910.07467) of [N, hidden]."""
     out = torch.empty_like(states)
-    _rms_norm(_bits(states), _bits(weight), np.float32(epsilon), _bits(out))
+    _rms_norm(bits_of(states), bits_of(weight), np.float32(epsilon), bits_of(out))
     return out
 
 
 def gated(gate: Tensor, up: Tensor, out: Tensor) -> Tensor:
     """silu(gate) * up of contiguous tensors, into ``out``, which must be neither of them."""
-    _gated(_bits(gate).ravel(), _bits(up).ravel(), _bits(out).ravel())
+    _gated(bits_of(gate).ravel(), bits_of(up).ravel(), bits_of(out).ravel())
     return out
 
 
@@ -62,22 +62,22 @@ def rotated_by_head(
     [B, heads, P + length, D] with ``before`` [heads, P, D] first in every one.
     """
     out, start = _room(states, rows, length, before)
-    angles = (_bits(t.reshape(len(states), -1)) for t in (cos, sin))
-    _rotated_by_head(_bits(states), rows.numpy(), *angles, np.float32(scale), start, _bits(out))
+    angles = (bits_of(t.reshape(len(states), -1)) for t in (cos, sin))
+    _rotated_by_head(bits_of(states), rows.numpy(), *angles, np.float32(scale), start, bits_of(out))
     return out
 
 
 def by_head(states: Tensor, rows: Tensor, length: int, before: Tensor | None) -> Tensor:
     """The same without the embedding."""
     out, start = _room(states, rows, length, before)
-    _by_head(_bits(states), rows.numpy(), start, _bits(out))
+    _by_head(bits_of(states), rows.numpy(), start, bits_of(out))
     return out
 
 
 def masked_softmax(scores: Tensor, mask: Tensor) -> Tensor:
     """Softmax in place over the keys of ``scores`` [B, heads, L, K], of which ``mask`` [B, L, K] (0, or the
     most negative number) hides some."""
-    _masked_softmax(_bits(scores), _bits(mask))
+    _masked_softmax(bits_of(scores), bits_of(mask))
     return scores
 
 
@@ -85,7 +85,7 @@ def largest_and_total(logits: Tensor) -> tuple[Tensor, Tensor]:
     """fp32 [N]: the largest of each row of ``logits`` [N, V], and the sum of exponentials of their distances
     from it."""
     largest, total = (torch.empty(len(logits)) for _ in range(2))
-    _largest_and_total(_bits(logits), largest.numpy(), total.numpy())
+    _largest_and_total(bits_of(logits), largest.numpy(), total.numpy())
     return largest, total
 
 
@@ -103,7 +103,7 @@ class Workspace(threading.local):
         return buffer[: rows * columns].view(rows, columns)
 
 
-def _bits(states: Tensor) -> Bits:
+def bits_of(states: Tensor) -> Bits:
     bits: Bits = states.detach().view(torch.uint16).numpy()
     return bits
 
@@ -119,13 +119,13 @@ def _room(states: Tensor, rows: Tensor, length: int, before: Tensor | None) -> t
 
 
 @numba.njit(inline="always")
-def _wide(bits):  # type: ignore[no-untyped-def]
+def wide(bits):  # type: ignore[no-untyped-def]
     """bf16 to fp32."""
     return np.uint32(np.uint32(bits) << _HALF_BITS).view(np.float32)
 
 
 @numba.njit(inline="always")
-def _narrow(value):  # type: ignore[no-untyped-def]
+def narrow(value):  # type: ignore[no-untyped-def]
     """fp32 to the nearest bf16, ties to even."""
     bits = np.float32(value).view(np.uint32)
     odd = np.uint32(np.uint32(bits >> _HALF_BITS) & _ONE)
@@ -133,23 +133,23 @@ def _narrow(value):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(inline="always")
-def _exp(value):  # type: ignore[no-untyped-def]
+def exp(value):  # type: ignore[no-untyped-def]
     """e**value, and 0 below -87 (smaller numbers slow everything down) and 1.7e38 above 88."""
     power = min(max(np.float32(value * _LOG2_E), _LEAST_EXPONENT), _MOST_EXPONENT)
     whole = np.floor(power)
     part = power - whole
-    result = _EXP2[0]
-    result = result * part + _EXP2[1]
-    result = result * part + _EXP2[2]
-    result = result * part + _EXP2[3]
-    result = result * part + _EXP2[4]
-    result = result * part + _EXP2[5]
+    result = EXP2[0]
+    result = result * part + EXP2[1]
+    result = result * part + EXP2[2]
+    result = result * part + EXP2[3]
+    result = result * part + EXP2[4]
+    result = result * part + EXP2[5]
     bits = np.int32(np.int32(np.int32(whole) + _BIAS) << _MANTISSA_BITS)
     return result * bits.view(np.float32)
 
 
 @numba.njit(inline="always")
-def _largest(values):  # type: ignore[no-untyped-def]
+def largest_of(values):  # type: ignore[no-untyped-def]
     """Largest of fp32 numbers, by integers in the same order: vector units take their maximum sooner."""
     most = _LEAST_INTEGER
     for bits in values.view(np.int32):
@@ -157,7 +157,7 @@ def _largest(values):  # type: ignore[no-untyped-def]
     return np.int32(most ^ np.int32(np.int32(most >> _SIGN) & _ALL_BUT_SIGN)).view(np.float32)
 
 
-def _compiled(function: Any) -> Any:
+def compiled(function: Any) -> Any:
     options: dict[str, Any] = {"nogil": True, "fastmath": _ANY_ORDER, "error_model": "numpy"}
     try:
         return numba.njit(cache=True, **options)(function)
@@ -165,27 +165,27 @@ def _compiled(function: Any) -> Any:
         return numba.njit(**options)(function)
 
 
-@_compiled
+@compiled
 def _rms_norm(states, weight, epsilon, out):  # type: ignore[no-untyped-def]
     for i in range(states.shape[0]):
         row, result = states[i], out[i]
         total = np.float32(0)
         for j in range(row.size):
-            value = _wide(row[j])
+            value = wide(row[j])
             total += value * value
         scale = np.float32(1) / np.sqrt(total / np.float32(row.size) + epsilon)
         for j in range(row.size):
-            result[j] = _narrow(_wide(row[j]) * scale * _wide(weight[j]))
+            result[j] = narrow(wide(row[j]) * scale * wide(weight[j]))
 
 
-@_compiled
+@compiled
 def _gated(gate, up, out):  # type: ignore[no-untyped-def]
     for i in range(gate.size):
-        value = _wide(gate[i])
-        out[i] = _narrow(value / (np.float32(1) + _exp(-value)) * _wide(up[i]))
+        value = wide(gate[i])
+        out[i] = narrow(value / (np.float32(1) + exp(-value)) * wide(up[i]))
 
 
-@_compiled
+@compiled
 def _rotated_by_head(states, rows, cos, sin, scale, start, out):  # type: ignore[no-untyped-def]
     batch, heads, end, dim = out.shape
     half, length = dim // 2, end - start
@@ -197,14 +197,14 @@ def _rotated_by_head(states, rows, cos, sin, scale, start, out):  # type: ignore
                 taken, put = states[row, head], out[b, head, start + i]
                 first, second = taken[:half], taken[half:]
                 for j in range(half):
-                    x, y = _wide(first[j]) * scale, _wide(second[j]) * scale
-                    put[j] = _narrow(x * _wide(c[j]) - y * _wide(s[j]))
+                    x, y = wide(first[j]) * scale, wide(second[j]) * scale
+                    put[j] = narrow(x * wide(c[j]) - y * wide(s[j]))
                 for j in range(half):
-                    x, y = _wide(first[j]) * scale, _wide(second[j]) * scale
-                    put[half + j] = _narrow(y * _wide(c[half + j]) + x * _wide(s[half + j]))
+                    x, y = wide(first[j]) * scale, wide(second[j]) * scale
+                    put[half + j] = narrow(y * wide(c[half + j]) + x * wide(s[half + j]))
 
 
-@_compiled
+@compiled
 def _by_head(states, rows, start, out):  # type: ignore[no-untyped-def]
     batch, heads, end, dim = out.shape
     length = end - start
@@ -217,20 +217,20 @@ def _by_head(states, rows, start, out):  # type: ignore[no-untyped-def]
                     put[j] = taken[j]
 
 
-@_compiled
+@compiled
 def _largest_and_total(logits, largest, total):  # type: ignore[no-untyped-def]
     values = np.empty(logits.shape[1], np.float32)
     for i in range(logits.shape[0]):
         row = logits[i]
         for j in range(row.size):
-            values[j] = _wide(row[j])
-        most, summed = _largest(values), np.float32(0)
+            values[j] = wide(row[j])
+        most, summed = largest_of(values), np.float32(0)
         for j in range(row.size):
-            summed += _exp(values[j] - most)
+            summed += exp(values[j] - most)
         largest[i], total[i] = most, summed
 
 
-@_compiled
+@compiled
 def _masked_softmax(scores, mask):  # type: ignore[no-untyped-def]
     batch, heads, length, keys = scores.shape
     values = np.empty(keys, np.float32)
@@ -239,12 +239,12 @@ def _masked_softmax(scores, mask):  # type: ignore[no-untyped-def]
             for i in range(length):
                 row, hidden = scores[b, head, i], mask[b, i]
                 for j in range(keys):
-                    values[j] = _wide(row[j]) + _wide(hidden[j])
-                largest = _largest(values)
+                    values[j] = wide(row[j]) + wide(hidden[j])
+                largest = largest_of(values)
                 total = np.float32(0)
                 for j in range(keys):
-                    values[j] = _exp(values[j] - largest)
+                    values[j] = exp(values[j] - largest)
                     total += values[j]
                 scale = np.float32(1) / total
                 for j in range(keys):
-                    row[j] = _narrow(values[j] * scale)
+                    row[j] = narrow(values[j] * scale)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compressor.evaluation import kernels
+from compressor.evaluation import kernels, products
 from compressor.evaluation.kernels import Workspace
 
 
@@ -48,13 +48,14 @@ class Layer:
             fused,
         )
 
-    def project(self, normed: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, normed: Tensor, rotation: Rotation, memory: Workspace) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [N, H, D], scaled for attention, and keys and values [N, G, D]; rotated, unless that and
         the scaling are left to attention."""
         attention = self.attention
+        modules = {"query": attention.q_proj, "key": attention.k_proj, "value": attention.v_proj}
         query, key, value = (
-            _linear(module, normed).view(len(normed), -1, self.head_dim)
-            for module in (attention.q_proj, attention.k_proj, attention.v_proj)
+            self._linear(module, normed, memory, None, name).view(len(normed), -1, self.head_dim)
+            for name, module in modules.items()
         )
         if hasattr(attention, "q_norm"):
             query, key = attention.q_norm(query), attention.k_norm(key)
@@ -65,7 +66,7 @@ class Layer:
 
     def finish(self, hidden: Tensor, mixed: Tensor, memory: Workspace) -> Tensor:
         """The rest of the layer after attention: output projection, MLP and both residuals."""
-        hidden = _linear(self.attention.o_proj, mixed).add_(hidden)
+        hidden = self._linear(self.attention.o_proj, mixed, memory, hidden, "between")
         normed = normed_states(self.mlp_norm, hidden, self.fused)
         gate, up, down = self.mlp.gate_proj, self.mlp.up_proj, self.mlp.down_proj
         silu = isinstance(self.mlp.act_fn, nn.SiLU | _silu_type())
@@ -75,14 +76,28 @@ class Layer:
             gates = _linear(gate, normed)
             inner = F.silu(gates, inplace=True) if silu else self.mlp.act_fn(gates)
             inner = inner.mul_(_linear(up, normed))
-        return _linear(down, inner).add_(hidden)
+        return self._linear(down, inner, memory, hidden, None)
+
+    def _linear(
+        self, module: Any, inputs: Tensor, memory: Workspace, residual: Tensor | None, name: str | None
+    ) -> Tensor:
+        """A product, plus a residual, perhaps in the thread's memory of that name."""
+        if self.fused and _is_plain(module) and module.bias is None and products.suit(module.weight):
+            size = len(inputs), len(module.weight)
+            out = memory.take(name, *size, inputs) if name else inputs.new_empty(size)
+            return products.product(inputs, module.weight, residual, out, memory)
+        output = _linear(module, inputs)
+        return output if residual is None else output.add_(residual)
 
 
 def _gated(normed: Tensor, gate: Tensor, up: Tensor, memory: Workspace | None) -> Tensor:
     """silu(gate) * up [N, width] in bf16 on a CPU, by our kernel in that memory, or else by oneDNN's."""
     if memory:
         size = len(normed), len(gate)
-        gates, ups, out = (memory.take(name, *size, normed) for name in ("gate", "up", "gated"))
+        out = memory.take("gated", *size, normed)
+        if products.suit(gate, up):
+            return products.gated_product(normed, gate, up, out, memory)
+        gates, ups = (memory.take(name, *size, normed) for name in ("gate", "up"))
         torch.mm(normed, gate.t(), out=gates)
         torch.mm(normed, up.t(), out=ups)
         return kernels.gated(gates, ups, out)

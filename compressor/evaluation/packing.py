@@ -20,7 +20,7 @@ Ints = NDArray[np.int64]
 
 ATTENTION_COST = 0.0008
 """Cost of attending to one more key, in costs of a token's matrix products (the starter on a CPU)."""
-PREFIX_COST = 8.0
+PREFIX_COST = 128.0
 """Cost of keeping one more prefix apart, in tokens (the starter on a CPU)."""
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 import numpy as np
@@ -34,7 +34,8 @@ class Rows:
     """Trees of one call as a padded batch of queries.
 
     ``gather`` int64[B * L] picks block rows (padding repeats one); ``valid`` int64[n] picks the n real
-    ones back; ``offsets`` int64[B, L] is each query's place in its tree.
+    ones back; ``offsets`` int64[B, L] is each query's place in its tree, and ``counts`` int64[B] how many
+    of them are real.
     """
 
     batch: int
@@ -42,6 +43,7 @@ class Rows:
     gather: Tensor
     valid: Tensor
     offsets: Tensor
+    counts: Tensor
 
     def gather_by_head(self, heads: int) -> Tensor:
         """int64[B * heads * L] into block rows by heads [N * heads]: the padded batch as [B, heads, L]."""
@@ -89,7 +91,8 @@ class Step:
     """One forward pass over ``ids``, ``positions`` int64[N].
 
     ``keep`` lists (prefix, first row, end row) whose keys and values later steps read; ``drop`` the
-    prefixes nobody reads any more. Outputs at block rows ``scored`` are score rows ``rows``.
+    prefixes nobody reads any more. Outputs at block rows ``scored`` are score rows ``rows``. One that
+    ``waits`` reads what those before it keep; the others may run beside them.
     """
 
     ids: Tensor
@@ -99,6 +102,7 @@ class Step:
     drop: tuple[int, ...]
     scored: Tensor
     rows: Tensor
+    waits: bool
 
 
 def schedule(packing: Packing, device: torch.device, dtype: torch.dtype) -> list[Step]:
@@ -110,12 +114,13 @@ def schedule(packing: Packing, device: torch.device, dtype: torch.dtype) -> list
     steps = []
     last_reader = _last_readers(packing)
     for prefixes, leaves in _waves(packing):
-        for level in _levels(packing, prefixes):
-            steps += [layout.step(block, kept=True) for block in _blocks(packing, level, budget, workers)]
-        steps += [layout.step(block, kept=False) for block in _blocks(packing, leaves, budget, workers)]
+        levels = _levels(packing, prefixes)
+        for kept, trees in (*((True, level) for level in levels), (False, leaves)):
+            for number, block in enumerate(_blocks(packing, trees, budget, workers)):
+                steps.append(layout.step(block, kept, waits=number == 0))
         done = prefixes[-1] if prefixes else -1
         drop = tuple(p for p, reader in enumerate(last_reader) if reader <= done)
-        steps[-1] = _with_drop(steps[-1], drop)
+        steps[-1] = replace(steps[-1], drop=drop)
     return steps
 
 
@@ -172,17 +177,13 @@ def _last_readers(packing: Packing) -> list[int]:
     return readers
 
 
-def _with_drop(step: Step, drop: tuple[int, ...]) -> Step:
-    return Step(step.ids, step.positions, step.calls, step.keep, drop, step.scored, step.rows)
-
-
 @dataclass(frozen=True)
 class _Layout:
     packing: Packing
     first_rows: NDArray[np.int64]
     device: torch.device
 
-    def step(self, block: Sequence[int], kept: bool) -> Step:
+    def step(self, block: Sequence[int], kept: bool, waits: bool) -> Step:
         trees = [self.packing.trees[number] for number in block]
         starts = np.cumsum([0, *(len(tree) for tree in trees)])
         calls = []
@@ -200,6 +201,7 @@ class _Layout:
             (),
             self._long(np.concatenate(scored)),
             self._long(np.concatenate(rows)),
+            waits,
         )
 
     def _call(self, parent: int, trees: Sequence[Tree], start: int) -> Call:
@@ -244,6 +246,7 @@ class _Layout:
             self._long(gather.ravel()),
             self._long(np.flatnonzero(valid)),
             self._long(padded),
+            self._long(valid.sum(1)),
         )
 
     def _long(self, array: NDArray[np.int64]) -> Tensor:

@@ -18,12 +18,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from compressor.compute import gpu_matmul_flops
-from compressor.evaluation import kernels
 from compressor.evaluation.encoding import Encoded, Encoder, max_length_of
 from compressor.evaluation.forward import PackedModel
 from compressor.evaluation.packing import PREFIX_COST, Packing, pack
 from compressor.evaluation.schedule import Step, schedule
 from compressor.evaluation.shared_layers import SharedLayers
+from compressor.evaluation.workers import most_workers
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 
 LAUNCH_SECONDS = 2e-4
 """What a layer takes on a GPU for one more prefix, however short: its kernels are launched one by one."""
-_SOFTMAX_ROWS = 4
-"""Positions whose logits are held in fp32 at once: few enough to stay in the cache."""
 _ROLLING_TOKENS = 1 << 16
 
 Logits = Callable[[NDArray[np.int64]], NDArray[np.float32]]
@@ -194,31 +192,16 @@ def _collect(packing: Packing, hidden: Tensor, model: PackedModel) -> Likelihood
     rows, targets = packing.request_rows[order], packing.targets[order]
     logprobs = np.empty(len(rows))
     greedy = np.empty(len(rows), np.bool_)
-
-    held = model.head_rows
+    block = model.head.block_rows(packing.num_rows, most_workers())
 
     def collect(start: int) -> None:
-        low, high = np.searchsorted(rows, (start, start + held))
-        logits = model.logits(hidden[start : start + held])
-        local = torch.from_numpy(rows[low:high] - start).to(logits.device)
-        wanted = torch.from_numpy(targets[low:high]).to(logits.device)
-        chosen = logits[local, wanted].float()
-        top, normaliser = _top_and_normaliser(logits, model.fused)
-        logprobs[order[low:high]] = (chosen - normaliser[local]).double().cpu().numpy()
-        greedy[order[low:high]] = (chosen >= top[local]).cpu().numpy()
+        low, high = np.searchsorted(rows, (start, start + block))
+        places = order[low:high]
+        found = model.head.likelihoods(
+            hidden[start : start + block], rows[low:high] - start, targets[low:high]
+        )
+        logprobs[places], greedy[places] = found
 
-    model.each(collect, range(0, packing.num_rows, held))
+    model.each(collect, range(0, packing.num_rows, block))
     starts = packing.request_starts[:-1]
     return Likelihoods(np.add.reduceat(logprobs, starts), np.logical_and.reduceat(greedy, starts))
-
-
-def _top_and_normaliser(logits: Tensor, fused: bool) -> tuple[Tensor, Tensor]:
-    """Largest logit and log of the sum of exponentials of each row, in fp32."""
-    if fused:
-        largest, total = kernels.largest_and_total(logits)
-        return largest, total.log_().add_(largest)
-    top = logits.amax(-1).float()
-    rows = _SOFTMAX_ROWS if logits.device.type == "cpu" else len(logits)
-    parts = zip(torch.split(logits, rows), torch.split(top[:, None], rows), strict=True)
-    sums = [part.float().sub_(largest).exp_().sum(-1) for part, largest in parts]
-    return top, torch.cat(sums).log_().add_(top)

@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from compressor.errors import InputError
-from compressor.evaluation import forward, schedule
+from compressor.evaluation import forward, head, schedule
 from compressor.evaluation.scorer import LogitsLM, PackedLM
 
 SENTENCE = "the cat sat on a mat while four dogs ran over seven hills and nobody saw them go"
@@ -240,8 +240,8 @@ def test_an_engine_is_scored_through_its_logits(
 
 def test_top_tokens_are_the_first_largest() -> None:
     logits = torch.randint(0, 9, (50, 512)).bfloat16()
-    assert torch.equal(forward.top_tokens(logits), logits.argmax(-1))
-    assert torch.equal(forward.top_tokens(logits[:, :500]), logits[:, :500].argmax(-1))
+    assert torch.equal(head.top_tokens(logits), logits.argmax(-1))
+    assert torch.equal(head.top_tokens(logits[:, :500]), logits[:, :500].argmax(-1))
 
 
 def test_an_empty_choice_is_named(model: PreTrainedModel, tokenizer: Any) -> None:
