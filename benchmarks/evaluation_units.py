@@ -19,7 +19,7 @@ import torch
 
 from compressor.compute import fastest_cpu_dtype
 from compressor.engines.memory import peak_bytes
-from compressor.evaluation import kernels
+from compressor.evaluation import attention, kernels, products
 from compressor.evaluation.scorer import PackedLM
 from compressor.evaluation.tasks import load_tasks
 from compressor.space import SearchSpace, SubNetwork
@@ -204,10 +204,13 @@ class Bench:
 
 
 _GROUPS = {
-    "matrix products": ("aten::mm", "aten::addmm", "mkldnn::_linear_pointwise"),
+    "matrix products, with what they do as they go": (
+        *("aten::mm", "aten::addmm", "mkldnn::_linear_pointwise"),
+        *("_multiply", "_score_vocabulary"),
+    ),
     "attention": (
         *("aten::bmm", "aten::_softmax", "aten::_scaled_dot_product_flash_attention_for_cpu"),
-        "_masked_softmax",
+        *("_masked_softmax", "_attend"),
     ),
     "softmax over the vocabulary": (
         *("aten::amax", "aten::sub", "aten::exp_", "aten::sum", "aten::log_"),
@@ -228,28 +231,32 @@ _GROUPS = {
         *("_rms_norm", "_gated", "_rotated_by_head"),
     ),
 }
-_KERNELS = ("_rms_norm", "_gated", "_rotated_by_head", "_by_head", "_masked_softmax", "_largest_and_total")
+_KERNELS = {
+    kernels: ("_rms_norm", "_gated", "_rotated_by_head", "_by_head", "_masked_softmax", "_largest_and_total"),
+    products: ("_multiply", "_score_vocabulary"),
+    attention: ("_attend",),
+}
 
 
 @contextmanager
 def _kernels_recorded() -> Iterator[None]:
     """Our own kernels, which torch's profiler doesn't know, recorded by it as well."""
-    plain = {name: getattr(kernels, name) for name in _KERNELS}
+    plain = {(module, name): getattr(module, name) for module, names in _KERNELS.items() for name in names}
 
-    def recorded(name: str) -> Callable[..., None]:
+    def recorded(name: str, kernel: Callable[..., None]) -> Callable[..., None]:
         def run(*arguments: Any) -> None:
             with torch.profiler.record_function(name):
-                plain[name](*arguments)
+                kernel(*arguments)
 
         return run
 
-    for name in _KERNELS:
-        setattr(kernels, name, recorded(name))
+    for (module, name), kernel in plain.items():
+        setattr(module, name, recorded(name, kernel))
     try:
         yield
     finally:
-        for name, kernel in plain.items():
-            setattr(kernels, name, kernel)
+        for (module, name), kernel in plain.items():
+            setattr(module, name, kernel)
 
 
 def matrix_flops(shape: Any, subnet: SubNetwork, tokens: int, rows: int) -> float:

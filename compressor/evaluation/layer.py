@@ -95,7 +95,7 @@ def _gated(normed: Tensor, gate: Tensor, up: Tensor, memory: Workspace | None) -
     if memory:
         size = len(normed), len(gate)
         out = memory.take("gated", *size, normed)
-        if products.suit(gate, up):
+        if products.suit(gate, up) and gate.stride() == up.stride():
             return products.gated_product(normed, gate, up, out, memory)
         gates, ups = (memory.take(name, *size, normed) for name in ("gate", "up"))
         torch.mm(normed, gate.t(), out=gates)
