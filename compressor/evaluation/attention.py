@@ -23,11 +23,18 @@ _HALF = BLOCK // 2
 _STEP_BYTES = 2 * tiles.TILE_BYTES
 """The right factor of one step of the matrix unit."""
 _SUM = torch.empty(0)
+_MOST_TOKENS = 2048
+"""Of a tree: what its tokens see of each other is held as a square of numbers."""
 
 
 def suit(weight: Tensor, head_dim: int) -> bool:
     """Whether ``attend`` can serve a model of such weights and heads."""
     return tiles.usable() and weight.dtype == torch.bfloat16 and head_dim % (2 * BLOCK) == 0
+
+
+def fits(calls: Sequence[Call]) -> bool:
+    """Whether the trees of these calls are short enough for ``attend``."""
+    return all(call.full.length <= _MOST_TOKENS for call in calls)
 
 
 def attend(

@@ -113,7 +113,8 @@ class PackedModel:
         kept: dict[int, Kept] = {prefix: [] for prefix, _, _ in step.keep}
         last = len(self.layers) - 1
         rotation = Rotation(cos, sin, in_attention=self.fused and not step.keep)
-        masks = [] if self.tiled else [call.mask(call.full, self.dtype) for call in step.calls]
+        tiled = self.tiled and attention.fits(step.calls)
+        masks = [] if tiled else [call.mask(call.full, self.dtype) for call in step.calls]
         places = [_Places.of(call) for call in step.calls]
         for index, layer in enumerate(self.layers[self._known :], self._known):
             normed = normed_states(layer.input_norm, hidden, self.fused)
@@ -152,13 +153,16 @@ class PackedModel:
         places: Sequence[tuple[_Places, _Places]],
         masks: Sequence[Tensor],
     ) -> Tensor:
-        """Attention output [N, heads * head dim] of all rows; of the scored ones in the last layer."""
+        """Attention output [N, heads * head dim] of all rows; of the scored ones in the last layer.
+
+        Without masks it is the matrix unit's kernel that computes it.
+        """
         last = layer == len(self.layers) - 1
         before = [
             self._kept[call.parent][layer - self._known] if call.parent >= 0 else None for call in step.calls
         ]
         scaling = self.layers[layer].scaling
-        if self.tiled:
+        if not masks:
             queries = [call.scored if last else call.full for call in step.calls]
             angles = (rotation.cos, rotation.sin) if rotation.in_attention else None
             return attention.attend(step.calls, queries, states, angles, scaling, before, self._memory)
