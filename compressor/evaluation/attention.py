@@ -27,14 +27,9 @@ _MOST_TOKENS = 2048
 """Of a tree: what its tokens see of each other is held as a square of numbers."""
 
 
-def suit(weight: Tensor, head_dim: int) -> bool:
-    """Whether ``attend`` can serve a model of such weights and heads."""
-    return tiles.usable() and weight.dtype == torch.bfloat16 and head_dim % (2 * BLOCK) == 0
-
-
-def fits(calls: Sequence[Call]) -> bool:
-    """Whether the trees of these calls are short enough for ``attend``."""
-    return all(call.full.length <= _MOST_TOKENS for call in calls)
+def suit(calls: Sequence[Call], head_dim: int) -> bool:
+    """Whether ``attend`` can take these calls, given the unit: short enough trees, and wide enough heads."""
+    return head_dim % (2 * BLOCK) == 0 and all(call.full.length <= _MOST_TOKENS for call in calls)
 
 
 def attend(

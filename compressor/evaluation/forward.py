@@ -22,6 +22,7 @@ from compressor.evaluation import attention, kernels
 from compressor.evaluation.head import Head
 from compressor.evaluation.kernels import Workspace
 from compressor.evaluation.layer import Layer, Rotation, has_plain_products, normed_states
+from compressor.evaluation.products import Means
 from compressor.evaluation.schedule import LONG_ATTENTION, Call, Rows, Step
 from compressor.evaluation.shared_layers import Passage, SharedLayers
 from compressor.evaluation.workers import most_workers, side_by_side
@@ -65,12 +66,9 @@ class PackedModel:
         self.apart = self.device.type == "cpu" and all(map(has_plain_products, layers))
         """Whether passes that don't depend on each other may run side by side."""
         threads = torch.get_num_threads() // (most_workers() if self.apart else 1)
-        self.fused = kernels.suit(base.norm.weight, threads)
-        """Whether our kernels compute what is no matrix product: in every pass, as they round otherwise."""
-        self.layers = [Layer.of(layer, self.fused) for layer in layers]
-        self.tiled = self.fused and attention.suit(base.norm.weight, self.layers[0].head_dim)
-        """Whether attention is computed by the matrix unit."""
-        self.head = Head(model.get_output_embeddings(), self.device, self.fused, self._memory)
+        self.means = Means.of(base.norm.weight, threads)
+        self.layers = [Layer.of(layer, self.means) for layer in layers]
+        self.head = Head(model.get_output_embeddings(), self.device, self.means, self._memory)
 
     def each(self, work: Callable[[int], None], numbers: Sequence[int]) -> None:
         """Do ``work`` on each number; on a CPU side by side where the model's modules allow it."""
@@ -90,7 +88,7 @@ class PackedModel:
         def compute(number: int) -> None:
             hidden = self._forward(steps[number], passage, number)
             if hidden is not None:
-                outputs[steps[number].rows] = normed_states(self.base.norm, hidden, self.fused)
+                outputs[steps[number].rows] = normed_states(self.base.norm, hidden, self.means.fused)
 
         starts = [number for number, step in enumerate(steps) if step.waits or number == 0]
         for start, end in pairwise([*starts, len(steps)]):
@@ -112,12 +110,12 @@ class PackedModel:
             cos, sin = (t[0, :, None] for t in self.base.rotary_emb(hidden, step.positions[None]))
         kept: dict[int, Kept] = {prefix: [] for prefix, _, _ in step.keep}
         last = len(self.layers) - 1
-        rotation = Rotation(cos, sin, in_attention=self.fused and not step.keep)
-        tiled = self.tiled and attention.fits(step.calls)
+        rotation = Rotation(cos, sin, in_attention=self.means.fused and not step.keep)
+        tiled = self.means.tiled and attention.suit(step.calls, self.layers[0].head_dim)
         masks = [] if tiled else [call.mask(call.full, self.dtype) for call in step.calls]
         places = [_Places.of(call) for call in step.calls]
         for index, layer in enumerate(self.layers[self._known :], self._known):
-            normed = normed_states(layer.input_norm, hidden, self.fused)
+            normed = normed_states(layer.input_norm, hidden, self.means.fused)
             query, key, value = layer.project(normed, rotation, self._memory)
             for prefix, start, end in step.keep:
                 kept[prefix].append(self._extended(step, index, start, key[start:end], value[start:end]))
@@ -191,7 +189,7 @@ class PackedModel:
         q, k, v = _by_heads(states, queries, keys, past or (None, None), rotation, scaling)
         if call.longest > LONG_ATTENTION:
             return _flash_attention(q, k, v, mask, queries)
-        return _attention(q, k, v, mask, queries, self.fused)
+        return _attention(q, k, v, mask, queries, self.means.fused)
 
 
 class _Places:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from compressor.evaluation import kernels, products
 from compressor.evaluation.kernels import Workspace
+from compressor.evaluation.products import Means
 
 _LOGIT_ROWS = {"cpu": 256, "cuda": 2048}
 """Positions whose logits are best held at once."""
@@ -22,16 +23,13 @@ _ARGMAX_BLOCK = 128
 
 
 class Head:
-    """A model's output layer, computed on blocks of positions, which may be taken side by side.
+    """A model's output layer, computed on blocks of positions, which may be taken side by side."""
 
-    ``fused`` says whether the model's passes are computed by our kernels.
-    """
-
-    def __init__(self, module: Any, device: torch.device, fused: bool, memory: Workspace) -> None:
-        self._module, self._device, self._fused, self._memory = module, device, fused, memory
+    def __init__(self, module: Any, device: torch.device, means: Means, memory: Workspace) -> None:
+        self._module, self._fused, self._memory = module, means.fused, memory
         plain = type(module) is nn.Linear and module.bias is None
         self._plain_on_cpu = device.type == "cpu" and plain
-        self._tiled = fused and plain and products.suit_vocabulary(module.weight)
+        self._tiled = means.tiled and plain and products.suit_vocabulary(module.weight)
         self.logit_rows = _LOGIT_ROWS.get(device.type, _LOGIT_ROWS["cpu"])
 
     def block_rows(self, rows: int, workers: int) -> int:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from compressor.evaluation import kernels, products
 from compressor.evaluation.kernels import Workspace
+from compressor.evaluation.products import Means
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,10 @@ class Layer:
     mlp_norm: Callable[[Tensor], Tensor]
     head_dim: int
     scaling: float
-    fused: bool
+    means: Means
 
     @classmethod
-    def of(cls, layer: Any, fused: bool) -> Layer:
+    def of(cls, layer: Any, means: Means) -> Layer:
         attention = layer.self_attn
         return cls(
             attention,
@@ -45,7 +46,7 @@ class Layer:
             layer.post_attention_layernorm,
             attention.head_dim,
             attention.scaling,
-            fused,
+            means,
         )
 
     def project(self, normed: Tensor, rotation: Rotation, memory: Workspace) -> tuple[Tensor, Tensor, Tensor]:
@@ -67,11 +68,11 @@ class Layer:
     def finish(self, hidden: Tensor, mixed: Tensor, memory: Workspace) -> Tensor:
         """The rest of the layer after attention: output projection, MLP and both residuals."""
         hidden = self._linear(self.attention.o_proj, mixed, memory, hidden, "between")
-        normed = normed_states(self.mlp_norm, hidden, self.fused)
+        normed = normed_states(self.mlp_norm, hidden, self.means.fused)
         gate, up, down = self.mlp.gate_proj, self.mlp.up_proj, self.mlp.down_proj
         silu = isinstance(self.mlp.act_fn, nn.SiLU | _silu_type())
         if silu and _fusible(normed, gate, up):
-            inner = _gated(normed, gate.weight, up.weight, memory if self.fused else None)
+            inner = self._gated(normed, gate.weight, up.weight, memory)
         else:
             gates = _linear(gate, normed)
             inner = F.silu(gates, inplace=True) if silu else self.mlp.act_fn(gates)
@@ -82,29 +83,28 @@ class Layer:
         self, module: Any, inputs: Tensor, memory: Workspace, residual: Tensor | None, name: str | None
     ) -> Tensor:
         """A product, plus a residual, perhaps in the thread's memory of that name."""
-        if self.fused and _is_plain(module) and module.bias is None and products.suit(module.weight):
+        if self.means.tiled and _is_plain(module) and module.bias is None and products.suit(module.weight):
             size = len(inputs), len(module.weight)
             out = memory.take(name, *size, inputs) if name else inputs.new_empty(size)
             return products.product(inputs, module.weight, residual, out, memory)
         output = _linear(module, inputs)
         return output if residual is None else output.add_(residual)
 
-
-def _gated(normed: Tensor, gate: Tensor, up: Tensor, memory: Workspace | None) -> Tensor:
-    """silu(gate) * up [N, width] in bf16 on a CPU, by our kernel in that memory, or else by oneDNN's."""
-    if memory:
+    def _gated(self, normed: Tensor, gate: Tensor, up: Tensor, memory: Workspace) -> Tensor:
+        """silu(gate) * up [N, width] in bf16 on a CPU, by our kernels or else by oneDNN's."""
+        if not self.means.fused:
+            fused = torch.ops.mkldnn._linear_pointwise
+            activated = fused(normed, gate, None, "swish", [], "")
+            output: Tensor = fused.binary(normed, activated, up, None, "mul")
+            return output
         size = len(normed), len(gate)
         out = memory.take("gated", *size, normed)
-        if products.suit(gate, up) and gate.stride() == up.stride():
+        if self.means.tiled and products.suit(gate, up) and gate.stride() == up.stride():
             return products.gated_product(normed, gate, up, out, memory)
         gates, ups = (memory.take(name, *size, normed) for name in ("gate", "up"))
         torch.mm(normed, gate.t(), out=gates)
         torch.mm(normed, up.t(), out=ups)
         return kernels.gated(gates, ups, out)
-    fused = torch.ops.mkldnn._linear_pointwise
-    activated = fused(normed, gate, None, "swish", [], "")
-    output: Tensor = fused.binary(normed, activated, up, None, "mul")
-    return output
 
 
 def normed_states(norm: Any, states: Tensor, fused: bool) -> Tensor:

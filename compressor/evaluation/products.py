@@ -9,13 +9,15 @@ others that run other passes (``workers.py``).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numba
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from compressor.evaluation import tiles
+from compressor.evaluation import kernels, tiles
 from compressor.evaluation.kernels import Workspace, bits_of, compiled, exp
 
 BLOCK = 32
@@ -28,16 +30,33 @@ _MOST_DEPTH = 2048
 _SUM = torch.empty(0)
 
 
+@dataclass(frozen=True)
+class Means:
+    """Which kernels of ours compute a model's passes. As they round in their own way, every pass has the same.
+
+    ``fused`` are those for what is no matrix product (``kernels.py``); ``tiled`` those for the matrix unit.
+    These take one thread, so that with more to a pass torch's products, which use them all, are better.
+    """
+
+    fused: bool
+    tiled: bool
+
+    @classmethod
+    def of(cls, weight: Tensor, threads: int) -> Means:
+        """The fastest for a model of such weights with ``threads`` to a pass."""
+        fused = kernels.suit(weight, threads)
+        return cls(fused, fused and threads == 1 and tiles.usable())
+
+
 def suit(*weights: Tensor) -> bool:
-    """Whether ``product`` and ``gated_product`` can multiply by ``weights`` [out, in]."""
+    """Whether ``product`` and ``gated_product`` can multiply by ``weights`` [out, in], given the unit."""
     return all(weight.shape[0] % BLOCK == 0 and suit_vocabulary(weight) for weight in weights)
 
 
 def suit_vocabulary(weight: Tensor) -> bool:
-    """Whether ``vocabulary_scores`` can multiply by ``weight`` [V, in]."""
+    """Whether ``vocabulary_scores`` can multiply by ``weight`` [V, in], given the unit."""
     return (
-        tiles.usable()
-        and weight.dtype == torch.bfloat16
+        weight.dtype == torch.bfloat16
         and weight.device.type == "cpu"
         and weight.stride(1) == 1
         and weight.shape[1] % BLOCK == 0

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from compressor.evaluation import attention, products, tiles
 from compressor.evaluation.kernels import Workspace
+from compressor.evaluation.products import Means
 from compressor.evaluation.schedule import Call, Rows
 from compressor.evaluation.scorer import PackedLM
 from tests.evaluation.test_kernels import numbers
@@ -94,7 +95,11 @@ def test_what_does_not_suit() -> None:
     assert not products.suit_vocabulary(numbers(32, 40))
     assert not products.suit_vocabulary(numbers(32, 32 + products._MOST_DEPTH))
     assert not products.suit_vocabulary(numbers(64, 32).t())
-    assert not attention.suit(numbers(2), 32) and not attention.suit(numbers(2).float(), 64)
+    assert attention.suit([call_of([9], 0, 0, False)], 64) and not attention.suit([], 96)
+    assert not attention.suit([call_of([2 + attention._MOST_TOKENS], 0, 0, False)], 64)
+    assert Means.of(numbers(2), 1) == Means(fused=True, tiled=True)
+    assert Means.of(numbers(2), 2) == Means(fused=True, tiled=False)
+    assert Means.of(numbers(2).float(), 1) == Means.of(numbers(2), 3) == Means(fused=False, tiled=False)
 
 
 def rows_of(chosen: list[list[int]], sizes: list[int], start: int) -> Rows:
