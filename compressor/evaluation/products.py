@@ -32,7 +32,7 @@ _SUM = torch.empty(0)
 
 @dataclass(frozen=True)
 class Means:
-    """Which kernels of ours compute a model's passes. As they round in their own way, every pass has the same.
+    """Which kernels of ours compute a model's passes. They round in their own way: every pass has the same.
 
     ``fused`` are those for what is no matrix product (``kernels.py``); ``tiled`` those for the matrix unit.
     These take one thread, so that with more to a pass torch's products, which use them all, are better.
