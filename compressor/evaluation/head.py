@@ -36,7 +36,7 @@ class Head:
         """Positions to ask the likelihoods of at once, of so many that so many workers share."""
         if not self._tiled:
             return self.logit_rows
-        blocks = -(-rows // (workers * _UNHELD_ROWS)) * workers
+        blocks = max(1, -(-rows // (workers * _UNHELD_ROWS))) * workers
         return max(1, -(-rows // blocks))
 
     def likelihoods(

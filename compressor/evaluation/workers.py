@@ -13,7 +13,7 @@ from typing import TypeVar
 
 import torch
 
-MOST_WORKERS = 4
+MOST_WORKERS = 8
 """More would wait for Python's lock; each gets its share of the threads instead."""
 
 T = TypeVar("T")
