@@ -1,9 +1,10 @@
 """Matrix products of bf16 numbers on a CPU with a matrix unit (``tiles.py``), and what directly follows them.
 
-oneDNN's products, which torch uses, reach about 40% of the unit's speed on a small model's shapes; these
-reach 50 to 60%, add a residual, gate or normalise as they go, and read slices of wider weights in place.
-Each call packs the weight's columns anew, in pieces that stay in the second cache, which takes a
-twentieth of the time for 2,048 rows and saves a second copy of the model. Each runs on one thread, beside
+Unlike oneDNN's products, which torch uses, they keep a block of one factor in the first cache while the
+other passes it by, finish one block's sums (add a residual, gate, round) while the next is multiplied, and
+read slices of wider weights in place. Each call packs the weight's columns anew, in pieces that stay in the
+second cache, which saves a second copy of the model and costs little beside some 2,000 rows.
+Each runs on one thread, beside
 others that run other passes (``workers.py``).
 """
 
