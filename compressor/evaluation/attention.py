@@ -114,7 +114,11 @@ def _copy(source, dim, target):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(inline="always")
-def _rotate(source, dim, cos, sin, scale, target):  # type: ignore[no-untyped-def]
+def _take(source, dim, rotates, cos, sin, scale, target):  # type: ignore[no-untyped-def]
+    """A head's numbers from one address to another, rotated and scaled if need be."""
+    if not rotates:
+        _copy(source, dim, target)
+        return
     for j in range(0, dim // 2, BLOCK):
         tiles.rotate_32(source + 2 * j, dim, cos + 2 * j, sin + 2 * j, scale, target + 2 * j)
 
@@ -215,10 +219,7 @@ def _attend(  # type: ignore[no-untyped-def]
                 for i in range(rows):
                     row = start + block * BLOCK + i
                     taken, put = _address(key[row, group]), _address(blocks[0, i])
-                    if rotates:
-                        _rotate(taken, dim, _address(cos[row]), _address(sin[row]), np.float32(1), put)
-                    else:
-                        _copy(taken, dim, put)
+                    _take(taken, dim, rotates, _address(cos[row]), _address(sin[row]), np.float32(1), put)
                     _copy(_address(value[row, group]), dim, _address(blocks[1, i]))
                 _pack(blocks, rows, panels[group], past_blocks + block)
             head, place = group * repeats, 0
@@ -228,10 +229,7 @@ def _attend(  # type: ignore[no-untyped-def]
                 for i in range(rows):
                     row = start + offsets[tree, place]
                     taken, put = _address(query[row, head]), _address(blocks[2, i])
-                    if rotates:
-                        _rotate(taken, dim, _address(cos[row]), _address(sin[row]), scale, put)
-                    else:
-                        _copy(taken, dim, put)
+                    _take(taken, dim, rotates, _address(cos[row]), _address(sin[row]), scale, put)
                     head, place = _next(head, place, count)
                 _multiply_keys(blocks[2], panels[group, 0], scores, wide)
                 head, place = head_before, place_before

@@ -3,9 +3,8 @@
 Unlike oneDNN's products, which torch uses, they keep a block of one factor in the first cache while the
 other passes it by, finish one block's sums (add a residual, gate, round) while the next is multiplied, and
 read slices of wider weights in place. Each call packs the weight's columns anew, in pieces that stay in the
-second cache, which saves a second copy of the model and costs little beside some 2,000 rows.
-Each runs on one thread, beside
-others that run other passes (``workers.py``).
+second cache, which saves a second copy of the model and costs little beside some 2,000 rows. Each runs on
+one thread, beside others that run other passes (``workers.py``).
 """
 
 from __future__ import annotations
