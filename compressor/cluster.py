@@ -14,7 +14,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from typing import Any
 from compressor.engines.apart import BenchRequest, answer, measurement_of
 from compressor.engines.onnx_store import INDEX_FILE, WEIGHTS_FILE
 from compressor.errors import UnfitMachineError
+from compressor.int8_cache import SCALES_FILE
 from compressor.measurement import Measurement
 from compressor.profile import Workload
 from compressor.space import Numerics, SubNetwork
@@ -125,7 +126,8 @@ class Cluster:
             chunks = [[_ray().put(part)] for part in _chunks(export_folder / WEIGHTS_FILE)]
             digest = hashlib.sha256(index.encode()).hexdigest()[:16]
             self._sent[key] = {"digest": digest, "index": index, "chunks": chunks}
-        return self._sent[key]
+        scales = export_folder / SCALES_FILE
+        return {**self._sent[key], "scales": scales.read_bytes() if scales.is_file() else b""}
 
     def _ask(self, function: Any, arguments: tuple[Any, ...], seconds: float) -> Any:
         """Run a function on a node of the profile, elsewhere again if that drops out."""
@@ -202,15 +204,20 @@ def _received(sent: Mapping[str, Any]) -> Path:
     folder = Path(tempfile.gettempdir()) / f"edge-compressor-{os.getuid()}" / str(sent["digest"])
     if not (folder / INDEX_FILE).is_file():
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        partial = folder / f"{WEIGHTS_FILE}.{os.getpid()}"
-        with partial.open("wb") as stream:
-            for (chunk,) in sent["chunks"]:
-                stream.write(_ray().get(chunk))
-        partial.replace(folder / WEIGHTS_FILE)
-        index = folder / f"{INDEX_FILE}.{os.getpid()}"
-        index.write_text(str(sent["index"]), encoding="utf-8")
-        index.replace(folder / INDEX_FILE)
+        _keep(folder / WEIGHTS_FILE, (_ray().get(chunk) for (chunk,) in sent["chunks"]))
+        _keep(folder / INDEX_FILE, [str(sent["index"]).encode()])
+    if sent["scales"] and not (folder / SCALES_FILE).is_file():
+        _keep(folder / SCALES_FILE, [sent["scales"]])
     return folder
+
+
+def _keep(path: Path, parts: Iterable[bytes]) -> None:
+    """Write a file, whole or not at all."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    with partial.open("wb") as stream:
+        for part in parts:
+            stream.write(part)
+    partial.replace(path)
 
 
 def _chunks(path: Path) -> Iterator[bytes]:

@@ -17,6 +17,9 @@ from compressor.errors import PackageError
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 1
 
+CacheNumerics = Literal["fp32", "int8"]
+"""How ONNX Runtime keeps keys and values."""
+
 
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
@@ -88,6 +91,9 @@ class Manifest(_Record):
     )
     fine_inputs: list[str] = Field(
         default=[], description="Matrices whose inputs are not rounded, to keep the divergence within bounds"
+    )
+    kv_cache: CacheNumerics = Field(
+        default="fp32", description="How keys and values are kept where this is measured and served"
     )
     narrow_weights: bool = Field(
         default=False, description="INT8 weights within 7 bits, for CPUs on which sums of full ones saturate"

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from compressor.errors import InputError
+from compressor.manifest import CacheNumerics
 
 EngineName = Literal["onnxruntime", "vllm"]
 DeviceKind = Literal["cpu", "cuda"]
@@ -61,11 +62,20 @@ class Workload(_Table):
     prompt_tokens: Count
     output_tokens: Count
     concurrency: Count = 1
+    kv_cache: CacheNumerics = Field(
+        default="fp32",
+        description="How ONNX Runtime keeps the requests' keys and values; vLLM has its own way",
+    )
 
     @property
     def label(self) -> str:
-        """Key of the workload in the ledger: prompt+output tokens x concurrent requests."""
+        """As tables say it: prompt+output tokens x concurrent requests."""
         return f"{self.prompt_tokens}+{self.output_tokens}x{self.concurrency}"
+
+    @property
+    def key(self) -> str:
+        """Of what was measured with it, in the ledger."""
+        return self.label if self.kv_cache == "fp32" else f"{self.label}/kv-{self.kv_cache}"
 
 
 class Space(_Table):
@@ -94,6 +104,14 @@ class Profile(_Table):
             raise ValueError(
                 f"budgets.memory_gib ({self.budgets.memory_gib:g}) is more than the device has "
                 f"(device.memory_gib = {self.device.memory_gib:g}): lower it"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _cache_of_the_engine(self) -> Profile:
+        if self.engine == "vllm" and self.workload.kv_cache != "fp32":
+            raise ValueError(
+                "workload.kv_cache is for ONNX Runtime, vLLM keeps its cache its own way: leave it out"
             )
         return self
 

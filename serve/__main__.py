@@ -7,9 +7,10 @@ import os
 import sys
 from dataclasses import fields
 from pathlib import Path
+from typing import get_args
 
 from compressor.errors import CompressorError
-from compressor.manifest import read_manifest
+from compressor.manifest import CacheNumerics, read_manifest
 from serve.settings import CONCURRENCY, Settings
 
 
@@ -55,6 +56,11 @@ def _parser() -> argparse.ArgumentParser:
         "--cache-gib",
         type=float,
         help="memory of the key-value cache, GiB [0.4 of what is free; on a GPU what the budget leaves]",
+    )
+    add(
+        "--kv-cache",
+        choices=get_args(CacheNumerics),
+        help="how keys and values are kept in ONNX Runtime [as the package was measured]",
     )
     add(
         "--request-timeout",

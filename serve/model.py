@@ -14,16 +14,22 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 import onnxruntime as ort
 
-from compressor.errors import PackageError
+from compressor.errors import InputError, PackageError
+from compressor.int8_cache import CacheScales, keep_in_int8
 from serve.graph import IDS, LAST_START, LOGITS, SplitGraph, split
 from serve.kvcache import CacheShape, KeyValueCache
 
 CPU = "CPUExecutionProvider"
 SAME_AS_REQUESTED = 1  # an arena's growth; the default doubles it
 WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
-_DTYPES = {"tensor(float)": np.dtype(np.float32), "tensor(float16)": np.dtype(np.float16)}
+_DTYPES = {
+    "tensor(float)": np.dtype(np.float32),
+    "tensor(float16)": np.dtype(np.float16),
+    "tensor(int8)": np.dtype(np.int8),
+}
 
 LAYERS_EACH = 2  # of a part: more parts cost no time, but a session each
 
@@ -44,7 +50,7 @@ class Engine:
         past = self.graph.parts[0].cache[0][0]
         dtype = next(entry.type for entry in self.sessions[0].get_inputs() if entry.name == past)
         if dtype not in _DTYPES:
-            raise PackageError("the graph's cache is neither fp32 nor fp16: make the package again")
+            raise PackageError("the graph's cache is none of fp32, fp16 and INT8: make the package again")
         return CacheShape(layers, heads, head_dim, _DTYPES[dtype], capacity)
 
 
@@ -230,10 +236,17 @@ def share_resources(threads: int) -> None:
     ort.create_and_register_allocator(ort.OrtMemoryInfo("Cpu", *kind), growth)
 
 
-def open_engine(path: Path, threads: int, layers_each: int | None = None, shared: bool = False) -> Engine:
+def open_engine(
+    path: Path,
+    threads: int,
+    layers_each: int | None = None,
+    shared: bool = False,
+    scales: CacheScales | None = None,
+) -> Engine:
     """Load a package's graph, in parts of ``layers_each`` layers or whole.
 
-    ``shared`` after ``share_resources``. Raises ``PackageError`` where ONNX Runtime cannot load it.
+    ``shared`` after ``share_resources``; ``scales`` for keys and values in INT8. Raises ``PackageError``
+    where ONNX Runtime cannot load it.
     """
     options = ort.SessionOptions()
     if shared:
@@ -247,10 +260,16 @@ def open_engine(path: Path, threads: int, layers_each: int | None = None, shared
     options.add_session_config_entry(WEIGHTS_FOLDER, str(path.parent))
     try:
         graph = split(path, layers_each, options)
-        sessions = tuple(ort.InferenceSession(part.model, options, providers=[CPU]) for part in graph.parts)
-    except PackageError:
+        models = [part.model if scales is None else _in_int8(part.model, scales) for part in graph.parts]
+        sessions = tuple(ort.InferenceSession(model, options, providers=[CPU]) for model in models)
+    except (PackageError, InputError):
         raise
     except Exception as error:
         reason = str(error).splitlines()[0]
         raise PackageError(f"{path}: ONNX Runtime {ort.__version__} cannot load it ({reason})") from None
     return Engine(graph, sessions)
+
+
+def _in_int8(model: bytes, scales: CacheScales) -> bytes:
+    part: bytes = keep_in_int8(onnx.load_from_string(model), scales).SerializeToString()
+    return part

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from compressor.errors import PackageError
+from compressor.int8_cache import SCALES_FILE, CacheScales
 from compressor.manifest import Manifest, read_manifest
 from serve.chat import ChatTemplate, read_chat_template
 from serve.tokenizer import Tokenizer
@@ -25,6 +26,11 @@ class ServedPackage:
     eos_tokens: frozenset[int]
     tokenizer: Tokenizer
     template: ChatTemplate | None
+
+    @property
+    def scales(self) -> CacheScales:
+        """For keys and values in INT8. Raises ``PackageError`` where the package has none."""
+        return CacheScales.load(self.folder / SCALES_FILE)
 
 
 def open_package(folder: Path) -> ServedPackage:

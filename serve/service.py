@@ -51,7 +51,10 @@ class Service:
         self.created = int(time.time())
         self.tokenizer = self.package.tokenizer
         self.grammars = Grammars(self.tokenizer, self.package.eos_tokens)
-        engine = open_engine(self.package.graph, settings.threads, LAYERS_EACH, shared)
+        scales = (
+            self.package.scales if (settings.kv_cache or self.package.manifest.kv_cache) == "int8" else None
+        )
+        engine = open_engine(self.package.graph, settings.threads, LAYERS_EACH, shared, scales)
         shape = engine.cache_shape(self.package.kv_heads, self.package.head_dim, 1)
         self.context, self.budget_tokens = plan_cache(
             shape.bytes_per_token,

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from compressor.errors import InputError
+from compressor.manifest import CacheNumerics
 
 
 def usable_cores() -> int:
@@ -32,6 +33,7 @@ class Settings:
     queue_size: int = 64
     max_context: int | None = None
     cache_gib: float | None = None
+    kv_cache: CacheNumerics | None = None
     request_timeout_seconds: float = 600.0
     drain_seconds: float = 30.0
     max_body_bytes: int = 4 << 20

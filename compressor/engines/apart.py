@@ -94,7 +94,7 @@ def answer(export_folder: Path, asked: Mapping[str, Any]) -> dict[str, Any]:
 
     request = BenchRequest.from_dict(asked)
     try:
-        engine = OnnxRuntimeEngine(export_folder, request.threads)
+        engine = OnnxRuntimeEngine(export_folder, request.threads, kv_cache=request.workload.kv_cache)
         candidate = engine.build(request.subnet, request.numerics, request.fine_inputs)
         return asdict(engine.bench(candidate, request.workload, max_seconds=request.max_seconds))
     except CompressorError as error:

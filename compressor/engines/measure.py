@@ -58,11 +58,11 @@ def measure_package(
     check_files(folder, manifest)
     if manifest.engine == "vllm":
         return _measure_vllm(folder, manifest, workload, threads, max_seconds)
-    return _measure_onnx(folder, workload, manifest.numerics, threads, max_seconds)
+    return _measure_onnx(folder, manifest, workload, threads, max_seconds)
 
 
 def _measure_onnx(
-    folder: Path, workload: Workload, numerics: str, threads: int | None, max_seconds: float
+    folder: Path, manifest: Manifest, workload: Workload, threads: int | None, max_seconds: float
 ) -> Measurement:
     from compressor.engines.bench import summarise, time_workload
     from compressor.engines.host import HostWatch
@@ -72,11 +72,11 @@ def _measure_onnx(
 
     before, watch = resident_bytes(), HostWatch()
     reset_peak()
-    session, shape = open_package(folder, threads)
+    session, shape = open_package(folder, threads, kv_cache=manifest.kv_cache)
     timings = time_workload(OnnxRunner(session, shape, workload), workload, max_seconds=max_seconds)
     conditions = {
         **session_conditions(session, threads or usable_cores()),
-        "numerics": numerics,
+        "numerics": manifest.numerics,
         **watch.marks(),
     }
     peak = max(0, peak_bytes() - before)

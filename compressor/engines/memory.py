@@ -57,7 +57,8 @@ def required_memory_bytes(
             rope_bytes(shape) + _packing_bytes(shape, subnet, numerics) + _embedding_bytes(shape, numerics)
         )
     tokens = workload.prompt_tokens + workload.output_tokens
-    cache = kv_cache_bytes(shape, subnet, tokens, workload.concurrency, element)
+    kept = 1 if workload.kv_cache == "int8" else element
+    cache = kv_cache_bytes(shape, subnet, tokens, workload.concurrency, kept)
     return MemoryEstimate(weights, cache, _activation_bytes(shape, subnet, workload, element))
 
 

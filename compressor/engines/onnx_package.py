@@ -1,7 +1,8 @@
 """ONNX Runtime packages: a folder that stock onnxruntime-genai and ``compress serve`` load.
 
 Folder: model.onnx, model.onnx.data (just the bytes that the sub-network needs), genai_config.json,
-config.json, generation_config.json, tokenizer files, README.md, manifest.json.
+config.json, generation_config.json, tokenizer files, README.md, manifest.json; kv_scales.npz where it is
+served with keys and values in INT8, which the graph itself keeps in fp32.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from compressor.engines.onnx_graph import build_graph
 from compressor.engines.onnx_store import ALIGNMENT, SOURCE_FOLDER, Export, TensorRef
 from compressor.engines.whole import whole_folder
 from compressor.errors import PackageError
+from compressor.int8_cache import SCALES_FILE, CacheScales
 from compressor.manifest import Architecture, Manifest, record_files, write_manifest
 from compressor.space import Numerics, SubNetwork, parameter_count, weight_bytes
 
@@ -40,16 +42,18 @@ def write_package(
     *,
     numerics: Numerics = "int8",
     fine_inputs: Sequence[str] = (),
+    scales: CacheScales | None = None,
 ) -> Manifest:
     """Write a sub-network's package and return its manifest.
 
     ``fields`` are manifest entries (at least ``name`` and ``base_model``; accuracy, speed, budgets
     ...) that are not known from the export; ``fine_inputs`` names matrices whose inputs are not rounded,
-    see ``onnx_exact``. ``folder`` must not exist; it is whole or absent.
+    see ``onnx_exact``; ``scales``, its own layers', let it be served with keys and values in INT8.
+    ``folder`` must not exist; it is whole or absent.
     Raises ``InputError`` or ``PackageError``.
     """
     with whole_folder(folder) as scratch:
-        return _fill(export, subnet, scratch, fields, numerics, fine_inputs)
+        return _fill(export, subnet, scratch, fields, numerics, fine_inputs, scales)
 
 
 def _fill(
@@ -59,10 +63,13 @@ def _fill(
     fields: Mapping[str, Any],
     numerics: Numerics,
     fine_inputs: Sequence[str],
+    scales: CacheScales | None,
 ) -> Manifest:
     tensors = _copy_tensors(export, export.tensors(subnet, numerics), folder / DATA_FILE)
     graph = build_graph(export.shape, export.constants, tensors, fine_inputs=frozenset(fine_inputs))
     onnx.save_model(graph, folder / GRAPH_FILE)
+    if scales is not None:
+        scales.save(folder / SCALES_FILE)
     _check_size(folder / DATA_FILE, package_bytes(export.shape, subnet, numerics))
     for path in sorted((export.folder / SOURCE_FOLDER).iterdir()):
         shutil.copyfile(path, folder / path.name)
@@ -77,6 +84,7 @@ def _fill(
         context_length=export.constants.context_length,
         created_by=_versions(),
         fine_inputs=list(fine_inputs),
+        kv_cache="fp32" if scales is None else "int8",
         **fields,
     )
     write_model_card(folder, manifest)

@@ -114,6 +114,12 @@ class Decoder:
         self._vocabulary = shape.vocab_size
         self._logits: dict[tuple[int, ...], ort.OrtValue] = {}
 
+    @property
+    def caches(self) -> list[tuple[npt.NDArray[Any], npt.NDArray[Any]]]:
+        """Each layer's keys and values so far, [batch, kv heads, length, head dim]."""
+        held = [buffer.numpy()[:, :, : self.length] for buffer in self._buffers]
+        return list(zip(held[::2], held[1::2], strict=True))
+
     def restart(self) -> None:
         """Forget the sequences; their buffers are reused."""
         self.length = 0

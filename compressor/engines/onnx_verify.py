@@ -15,7 +15,8 @@ from tokenizers import Tokenizer
 from compressor.engines.onnx_package import GRAPH_FILE
 from compressor.engines.onnx_session import Decoder, open_session
 from compressor.errors import CompressorError, PackageError, UnfitMachineError
-from compressor.manifest import Manifest
+from compressor.int8_cache import SCALES_FILE, CacheScales, keep_in_int8
+from compressor.manifest import CacheNumerics, Manifest
 from compressor.space import ModelShape, Numerics, SubNetwork
 
 KL_BOUND: dict[int, float] = {8: 0.1, 4: 2.0}
@@ -63,7 +64,7 @@ def check_divergence(divergence: float, numerics: Numerics, subnet: SubNetwork |
 def speak(folder: Path, manifest: Manifest) -> Iterator[str]:
     """Load a package and continue a few prompts greedily, one line each. Raises ``PackageError``."""
     check_engine(manifest)
-    session, shape = open_package(folder)
+    session, shape = open_package(folder, kv_cache=manifest.kv_cache)
     yield f"onnxruntime {ort.__version__} loads {len(manifest.architecture.layers)} layers"
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     for prompt in PROMPTS:
@@ -82,10 +83,14 @@ def check_engine(manifest: Manifest) -> None:
         )
 
 
-def open_package(folder: Path, threads: int | None = None) -> tuple[ort.InferenceSession, ModelShape]:
+def open_package(
+    folder: Path, threads: int | None = None, *, kv_cache: CacheNumerics = "fp32"
+) -> tuple[ort.InferenceSession, ModelShape]:
     """A package's session and the dimensions its caches need. Raises ``PackageError``."""
     try:
         graph = onnx.load(str(folder / GRAPH_FILE), load_external_data=False)
+        if kv_cache == "int8":
+            graph = keep_in_int8(graph, CacheScales.load(folder / SCALES_FILE))
         session = open_session(graph, folder, threads)
     except (OSError, CompressorError) as error:
         raise PackageError(f"{folder} does not load ({error}): copy the package again") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import onnxruntime as ort
 from compressor.engines.bench import PRECISION, Timings, summarise, time_workload, warm_up
 from compressor.engines.host import HostWatch, host_conditions
 from compressor.engines.memory import peak_bytes, reset_peak, resident_bytes
+from compressor.engines.onnx_cache import cache_scales
 from compressor.engines.onnx_graph import Logits, build_graph
 from compressor.engines.onnx_package import write_package
 from compressor.engines.onnx_session import (
@@ -29,6 +31,8 @@ from compressor.engines.onnx_session import (
 from compressor.engines.onnx_store import Export, open_export
 from compressor.engines.paired import Ratio, time_pair
 from compressor.errors import InputError
+from compressor.int8_cache import CacheScales, keep_in_int8
+from compressor.manifest import CacheNumerics
 from compressor.measurement import Measurement
 from compressor.profile import Workload
 from compressor.space import ModelShape, Numerics, SubNetwork
@@ -57,11 +61,28 @@ class OnnxRuntimeEngine:
 
     name = "onnxruntime"
 
-    def __init__(self, export_folder: Path, threads: int | None = None, provider: str = CPU) -> None:
-        """``threads``: of one operator; default, the cores this process may use."""
+    def __init__(
+        self,
+        export_folder: Path,
+        threads: int | None = None,
+        provider: str = CPU,
+        kv_cache: CacheNumerics = "fp32",
+    ) -> None:
+        """``threads``: of one operator; default, the cores this process may use. ``kv_cache``: how
+        candidates keep keys and values."""
         self.export: Export = open_export(export_folder)
         self.threads = threads or usable_cores()
         self.provider = provider
+        self.kv_cache: CacheNumerics = kv_cache
+
+    @cached_property
+    def scales(self) -> CacheScales | None:
+        """Of the super-network's INT8 cache; None where that is in fp32."""
+        return cache_scales(self.export, self.threads) if self.kv_cache == "int8" else None
+
+    def require_scales(self) -> None:
+        """Make them now if they are needed: a device that measures may be too small for the whole network."""
+        _ = self.scales
 
     def build(
         self, subnet: SubNetwork, numerics: Numerics = "int8", fine_inputs: Sequence[str] = ()
@@ -70,8 +91,9 @@ class OnnxRuntimeEngine:
 
         ``fine_inputs`` names matrices that read their inputs in two INT8 passes, see ``onnx_exact``.
         """
-        before, exact = resident_bytes(), tuple(fine_inputs)
-        session = self._session(subnet, numerics, "last", exact)
+        scales, exact = self.scales, tuple(fine_inputs)  # making scales is not the candidate's to pay for
+        before = resident_bytes()
+        session = self._session(subnet, numerics, "last", exact, scales)
         return OnnxCandidate(subnet, numerics, session, max(0, resident_bytes() - before), exact)
 
     def bench(
@@ -157,6 +179,15 @@ class OnnxRuntimeEngine:
         logits = np.concatenate(parts)
         return logits[0] if ids.ndim == 1 else logits
 
+    def decoded_logits(
+        self, candidate: OnnxCandidate, ids: npt.NDArray[np.int64], prompt: int
+    ) -> npt.NDArray[np.float32]:
+        """Logits after the first ``prompt`` of ids [tokens] read at once, then after each of the others in a
+        step of its own, as when generating them: fp32 [tokens - prompt + 1, vocabulary]."""
+        decoder = Decoder(candidate.session, self.export.shape, 1, len(ids))
+        pieces = [ids[None, :prompt], *(ids[None, at : at + 1] for at in range(prompt, len(ids)))]
+        return np.stack([decoder.step(piece)[0, -1].copy() for piece in pieces])
+
     def top1(self, candidate: OnnxCandidate, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """The likeliest next token at every position, [batch, tokens] for ids [batch, tokens]."""
         rows = max(1, SCORED_TOKENS // ids.shape[1])
@@ -173,7 +204,10 @@ class OnnxRuntimeEngine:
         fine_inputs: Sequence[str] = (),
     ) -> None:
         """Write the package of a sub-network; ``fields`` go to its manifest. Whole or absent."""
-        write_package(self.export, subnet, folder, fields, numerics=numerics, fine_inputs=fine_inputs)
+        scales = None if self.scales is None else self.scales.of_layers(subnet.layers)
+        write_package(
+            self.export, subnet, folder, fields, numerics=numerics, fine_inputs=fine_inputs, scales=scales
+        )
 
     def _measurement(
         self,
@@ -212,9 +246,16 @@ class OnnxRuntimeEngine:
         return candidate._scoring[0]
 
     def _session(
-        self, subnet: SubNetwork, numerics: Numerics, logits: Logits, fine_inputs: Sequence[str]
+        self,
+        subnet: SubNetwork,
+        numerics: Numerics,
+        logits: Logits,
+        fine_inputs: Sequence[str],
+        scales: CacheScales | None = None,
     ) -> ort.InferenceSession:
         graph = self._graph(subnet, numerics, logits, fine_inputs)
+        if scales is not None:
+            graph = keep_in_int8(graph, scales.of_layers(subnet.layers))
         return open_session(graph, self.export.folder, self.threads, provider=self.provider)
 
     def _graph(
@@ -238,12 +279,18 @@ def _heavy(ran: Counter[tuple[str, str]], provider: str) -> int:
     return sum(nodes for (place, op), nodes in ran.items() if place == provider and op in HEAVY_OPS)
 
 
+def keeps_int8(session: ort.InferenceSession) -> bool:
+    """Whether a session's keys and values are in INT8."""
+    return any(entry.type == "tensor(int8)" for entry in session.get_inputs())
+
+
 def session_conditions(session: ort.InferenceSession, threads: int) -> dict[str, Any]:
     """Engine, provider and host of figures taken with a session."""
     return {
         "engine": f"onnxruntime {ort.__version__}",
         "provider": session.get_providers()[0],
         "threads": threads,
+        **({"kv_cache": "int8"} if keeps_int8(session) else {}),
         **host_conditions(),
     }
 

@@ -53,7 +53,7 @@ class Terms:
 
     def speed_key(self, subnet: SubNetwork) -> Key:
         return Key(
-            subnet.digest, self.weights, MEASURE, self.numerics, self.device, self.engine, self.workload.label
+            subnet.digest, self.weights, MEASURE, self.numerics, self.device, self.engine, self.workload.key
         )
 
     def predicted_key(self, subnet: SubNetwork) -> Key:
@@ -118,7 +118,7 @@ def speed_rows(ledger: Ledger, terms: Terms, task: str) -> list[Row]:
         numerics=terms.numerics,
         device=terms.device,
         engine=terms.engine,
-        workload=terms.workload.label,
+        workload=terms.workload.key,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -19,6 +20,8 @@ from compressor.space import SubNetwork
 
 PROOF = "proof"
 PROOF_TOKENS = 128
+PROMPT_TOKENS = 32
+"""Of those, read at once where the cache is proved; the others are generated, so to speak, one by one."""
 
 
 def prove(
@@ -26,10 +29,12 @@ def prove(
 ) -> Exactness:
     """How exactly the sub-network must be computed, compared with PyTorch's on text of the unpruned model.
 
-    Paid for once. Warns where an 8-bit artefact stays beyond ``TARGET_NATS``; raises ``PackageError`` where
-    it is so far off that it must be wrong.
+    Where keys and values are kept in INT8, the divergence is the larger of reading the text at once and of
+    generating it token by token. Paid for once. Warns where an 8-bit artefact stays beyond ``TARGET_NATS``;
+    raises ``PackageError`` where it is so far off that it must be wrong.
     """
-    key = Key(subnet.digest, terms.weights, PROOF, terms.numerics, engine=terms.engine)
+    kept = "" if terms.workload.kv_cache == "fp32" else f":kv-{terms.workload.kv_cache}"
+    key = Key(subnet.digest, terms.weights, f"{PROOF}{kept}", terms.numerics, engine=terms.engine)
     row = context.ledger.get(key)
     if row is None:
         exactness = _choose(context, terms, engine, subnet, supernet)
@@ -63,6 +68,13 @@ def _choose(
         candidate = engine.build(subnet, terms.numerics, fine_inputs)
         return mean_kl(expected, engine.logits(candidate, ids))
 
-    if terms.numerics != "int8":
-        return Exactness((), divergence(()))
-    return choose_exactness(terms.shape, subnet, divergence, TARGET_NATS)
+    if terms.numerics == "int8":
+        exactness = choose_exactness(terms.shape, subnet, divergence, TARGET_NATS)
+    else:
+        exactness = Exactness((), divergence(()))
+    if terms.workload.kv_cache == "fp32":
+        return exactness
+    candidate = engine.build(subnet, terms.numerics, exactness.fine_inputs)
+    decoded = engine.decoded_logits(candidate, ids, PROMPT_TOKENS)
+    kept = mean_kl(expected[PROMPT_TOKENS - 1 :], decoded)
+    return replace(exactness, divergence_nats=max(exactness.divergence_nats, kept))

@@ -43,7 +43,7 @@ class ReferenceSet:
         return PYTORCH if in_pytorch else self.context.request.profile.engine
 
     def speed_key(self, numerics: Numerics) -> Key:
-        workload = self.context.request.profile.workload.label
+        workload = self.context.request.profile.workload.key
         return Key(
             self.full.digest,
             self.weights,

@@ -119,11 +119,11 @@ class OnnxTarget:
 
     @cached_property
     def engine(self) -> OnnxRuntimeEngine:
-        return OnnxRuntimeEngine(self._weights.export, self._context.request.threads)
+        return self._engine(self._weights.export)
 
     @cached_property
     def _base(self) -> OnnxRuntimeEngine:
-        return OnnxRuntimeEngine(base_export(self._context), self._context.request.threads)
+        return self._engine(base_export(self._context))
 
     @cached_property
     def _reference(self) -> OnnxCandidate:
@@ -196,6 +196,10 @@ class OnnxTarget:
     def close(self) -> None:
         """Nothing stays."""
 
+    def _engine(self, export: Path) -> OnnxRuntimeEngine:
+        threads, workload = self._context.request.threads, self._profile.workload
+        return OnnxRuntimeEngine(export, threads, kv_cache=workload.kv_cache)
+
     def _has_room_for_both(self) -> bool:
         """Whether the full super-network fits beside the candidate that is loaded."""
         profile, shape = self._profile, self.engine.export.shape
@@ -214,6 +218,7 @@ class OnnxTarget:
         seconds: float,
         fine_inputs: tuple[str, ...] = (),
     ) -> Measurement:
+        engine.require_scales()
         return self._context.bench(
             engine.export.folder,
             subnet,

@@ -21,17 +21,22 @@ SHORT = Workload(prompt_tokens=128, output_tokens=32)
 MEASURE = """
 import json, sys
 from pathlib import Path
-from compressor.engines.memory import peak_bytes, required_memory_bytes, resident_bytes
+from compressor.engines.memory import peak_bytes, required_memory_bytes, reset_peak, resident_bytes
 from compressor.engines.onnxruntime import OnnxRuntimeEngine
 from compressor.profile import Workload
 from compressor.space import SubNetwork
 
-folder, layers, narrow, wide, bits, prompt, output, concurrency = Path(sys.argv[1]), *map(int, sys.argv[2:])
-engine = OnnxRuntimeEngine(folder, threads=2)
+folder, kept = Path(sys.argv[1]), sys.argv[2]
+layers, narrow, wide, bits, prompt, output, concurrency = map(int, sys.argv[3:])
+engine = OnnxRuntimeEngine(folder, threads=2, kv_cache=kept)
+engine.require_scales()
 widths = (narrow, (narrow + wide) // 2, wide)
 subnet = SubNetwork(tuple(range(layers)), tuple(widths[i % 3] for i in range(layers)), (bits,) * layers)
-workload = Workload(prompt_tokens=prompt, output_tokens=output, concurrency=concurrency)
+workload = Workload(
+    prompt_tokens=prompt, output_tokens=output, concurrency=concurrency, kv_cache=kept
+)
 before = resident_bytes()
+reset_peak()
 runner = engine.runner(engine.build(subnet), workload)
 runner.prefill()
 for _ in range(output - 1):
@@ -60,6 +65,8 @@ def test_the_parts_add_up() -> None:
     estimate = required_memory_bytes(STARTER, FULL, SHORT)
     assert estimate.total == estimate.weights + estimate.kv_cache + estimate.activations
     assert estimate.kv_cache == 2 * 30 * 192 * 160 * 4
+    narrow = SHORT.model_copy(update={"kv_cache": "int8"})
+    assert required_memory_bytes(STARTER, FULL, narrow).kv_cache == 2 * 30 * 192 * 160
 
 
 def test_more_of_anything_takes_more() -> None:
@@ -84,14 +91,21 @@ def starter_export(starter: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 @pytest.mark.parametrize(
-    ("layers", "narrow", "wide", "bits", "prompt", "output", "concurrency"),
+    ("kept", "layers", "narrow", "wide", "bits", "prompt", "output", "concurrency"),
     [
-        *[(30, 1536, 1536, 8, 128, 16, 1), (20, 768, 768, 8, 256, 8, 2), (24, 768, 1536, 8, 256, 8, 2)],
-        *[(30, 1536, 1536, 4, 128, 16, 1), (24, 768, 1536, 4, 256, 8, 2)],
+        ("fp32", 30, 1536, 1536, 8, 128, 16, 1),
+        ("fp32", 20, 768, 768, 8, 256, 8, 2),
+        ("fp32", 24, 768, 1536, 8, 256, 8, 2),
+        ("fp32", 30, 1536, 1536, 4, 128, 16, 1),
+        ("fp32", 24, 768, 1536, 4, 256, 8, 2),
+        ("int8", 30, 1536, 1536, 8, 128, 16, 1),
+        ("int8", 24, 768, 1536, 8, 512, 8, 2),
+        ("int8", 20, 768, 768, 8, 64, 960, 4),
     ],
 )
 def test_the_estimate_is_close_to_the_measured_peak(
     starter_export: Path,
+    kept: str,
     layers: int,
     narrow: int,
     wide: int,
@@ -100,7 +114,8 @@ def test_the_estimate_is_close_to_the_measured_peak(
     output: int,
     concurrency: int,
 ) -> None:
-    arguments = [str(starter_export), *map(str, (layers, narrow, wide, bits, prompt, output, concurrency))]
+    sizes = map(str, (layers, narrow, wide, bits, prompt, output, concurrency))
+    arguments = [str(starter_export), kept, *sizes]
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, *arguments], check=True, capture_output=True, text=True
     )
