@@ -1,5 +1,8 @@
 """The packaged INT8 graph of the starter beside other forms of it: what was tried to decode faster.
 
+The packaged graph keeps keys and values in fp32; served with ``kv_cache = "int8"`` it is changed as it is
+loaded, which is the second row.
+
     python benchmarks/decode_variants.py [--rounds 10]
 
 All are loaded at once and take turns step by step. Prints by how much each takes longer or shorter than the
@@ -14,7 +17,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -32,11 +35,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from measure_units import Bench  # noqa: E402
 
-from compressor.engines import quantize  # noqa: E402
+from compressor.engines import onnx_session, quantize  # noqa: E402
+from compressor.engines.onnx_cache import cache_scales  # noqa: E402
 from compressor.engines.onnx_graph import FP32_ACTIVATIONS, INT8_ACTIVATIONS, build_graph  # noqa: E402
 from compressor.engines.onnx_session import Decoder, open_session, prefill_logits  # noqa: E402
 from compressor.engines.onnx_store import Export, TensorRef  # noqa: E402
 from compressor.engines.onnx_verify import mean_kl  # noqa: E402
+from compressor.int8_cache import keep_in_int8  # noqa: E402
 
 DATA = ROOT.parent / "shared" / "data"
 PROMPTS = (128, 512)
@@ -58,6 +63,7 @@ class Variant:
     weights: Change | None = None
     attention: Change | None = None
     flash: bool = True
+    huge_pages: bool = True
 
 
 class Starter:
@@ -101,8 +107,11 @@ class Starter:
 
 
 def variants(starter: Starter) -> list[Variant]:
-    found = [
+    return [
         Variant("as packaged, again"),
+        Variant("keys and values in INT8, as served", attention=served_cache(starter)),
+        Variant("keys and values in INT8, its kernels for prompts too", attention=int8_cache(starter)),
+        Variant("weights on ordinary pages", huge_pages=False),
         Variant("blocks of 32 weights", weights=in_blocks(starter, 32)),
         Variant("blocks of 128 weights", weights=in_blocks(starter, 128)),
         Variant("blocks of 128, down projections alone", weights=in_blocks(starter, 128, ".down")),
@@ -110,9 +119,6 @@ def variants(starter: Starter) -> list[Variant]:
         Variant("attention without its flash kernel", flash=False),
         Variant("keys and values in fp16", attention=fp16_cache),
     ]
-    if DATA.is_dir():
-        found.append(Variant("keys and values in INT8", attention=int8_cache(cache_scales(starter))))
-    return found
 
 
 def in_blocks(starter: Starter, block: int, kind: str = "") -> Change:
@@ -185,16 +191,25 @@ def fp16_cache(graph: Graph) -> None:
     _retype_cache(graph, TensorProto.FLOAT16)
 
 
-def int8_cache(scales: Mapping[str, npt.NDArray[np.float32]]) -> Change:
-    """Keys and values in INT8, a scale for each channel of each key head, fixed beforehand."""
+def served_cache(starter: Starter) -> Change:
+    """Keys and values in INT8, with INT8 kernels for single tokens alone."""
 
     def change(graph: Graph) -> None:
-        for node in graph.graph.node:
-            if node.op_type != "GroupQueryAttention":
-                continue
+        graph.CopyFrom(keep_in_int8(graph, cache_scales(starter.export)))
+
+    return change
+
+
+def int8_cache(starter: Starter) -> Change:
+    """Keys and values in INT8, and INT8 kernels for all that attends to them."""
+    scales = cache_scales(starter.export)
+
+    def change(graph: Graph) -> None:
+        attentions = (node for node in graph.graph.node if node.op_type == "GroupQueryAttention")
+        for layer, node in enumerate(attentions):
             names = [f"{name}.scale" for name in node.input[3:5]]
-            for name, past in zip(names, node.input[3:5], strict=True):
-                graph.graph.initializer.append(numpy_helper.from_array(scales[past], name))
+            for name, part in zip(names, (scales.keys, scales.values), strict=True):
+                graph.graph.initializer.append(numpy_helper.from_array(part[layer][None, :, None], name))
             node.input.extend([""] * (12 - len(node.input)) + names)
             for attribute, value in (
                 ("k_quant_type", "PER_CHANNEL"),
@@ -205,18 +220,6 @@ def int8_cache(scales: Mapping[str, npt.NDArray[np.float32]]) -> Change:
         _retype_cache(graph, TensorProto.INT8)
 
     return change
-
-
-def cache_scales(starter: Starter) -> dict[str, npt.NDArray[np.float32]]:
-    """By the cache's input: a scale [1, key heads, 1, head dim] that spans what another text needs."""
-    ids, shape = starter.text("valid"), starter.export.shape
-    session = starter.session(starter.graph())
-    empty = np.zeros((1, shape.num_kv_heads, 0, shape.head_dim), np.float32)
-    names = [entry.name for entry in session.get_inputs() if entry.name.startswith("past")]
-    outputs = [name.replace("past_key_values", "present") for name in names]
-    feed = {"input_ids": ids, "attention_mask": np.ones_like(ids), **dict.fromkeys(names, empty)}
-    found = zip(names, session.run(outputs, feed), strict=True)
-    return {name: np.abs(value).max(axis=2, keepdims=True) / 127 for name, value in found}
 
 
 def divergence(starter: Starter, variant: Variant, ids: Ids) -> float:
@@ -243,6 +246,18 @@ def timed(decoders: Mapping[str, Decoder], prompt: Ids, rounds: int) -> Iterator
                 steps[name].append(_seconds(decoders[name], token))
     for name in names[1:]:
         yield name, *(float(np.median(np.divide(of[name], of[names[0]]))) for of in (prefills, steps))
+
+
+@contextmanager
+def pages(huge: bool) -> Iterator[None]:
+    """Whether sessions opened within have their weights on huge pages."""
+    usual = onnx_session.on_huge_pages
+    if not huge:
+        onnx_session.on_huge_pages = nullcontext
+    try:
+        yield
+    finally:
+        onnx_session.on_huge_pages = usual
 
 
 @contextmanager
@@ -301,7 +316,7 @@ def main() -> int:
             figures[variant.name]["divergence_nats"] = divergence(starter, variant, ids)
     decoders = {}
     for variant in (Variant("as packaged"), *tried):
-        with flash_attention(variant.flash):
+        with flash_attention(variant.flash), pages(variant.huge_pages):
             session = starter.session(starter.graph(variant.weights, variant.attention))
         decoders[variant.name] = Decoder(session, starter.export.shape, 1, max(PROMPTS) + STEPS)
     rng = np.random.default_rng(0)
@@ -309,13 +324,13 @@ def main() -> int:
         prompt = rng.integers(17, 40000, (1, tokens))
         for name, prefill, step in timed(decoders, prompt, options.rounds):
             figures[name] |= {f"prefill_{tokens}": prefill, f"decode_{tokens}": step}
-    print(f"{'':40s}{'decode after':>16s}{'prefill of':>20s}")
-    print(f"{'time as a part of the packaged form’s':40s}" + 2 * "".join(f"{n:>9d}" for n in PROMPTS)
+    print(f"{'':52s}{'decode after':>16s}{'prefill of':>20s}")
+    print(f"{'time as a part of the packaged form’s':52s}" + 2 * "".join(f"{n:>9d}" for n in PROMPTS)
           + f"{'nats a token':>16s}")  # fmt: skip
     for name, of in figures.items():
         columns = [of[f"{what}_{tokens}"] for what in ("decode", "prefill") for tokens in PROMPTS]
         moved = of.get("divergence_nats", float("nan"))
-        print(f"{name:40s}" + "".join(f"{value:9.3f}" for value in columns) + f"{moved:16.4f}")
+        print(f"{name:52s}" + "".join(f"{value:9.3f}" for value in columns) + f"{moved:16.4f}")
     print(json.dumps(figures))
     return 0
 

@@ -33,6 +33,8 @@ WORKLOAD = Workload(prompt_tokens=128, output_tokens=32)
 LONG = Workload(prompt_tokens=512, output_tokens=32)
 PANEL = 24
 TOKENS = 500
+READ_AT_ONCE = 64
+"""Of those tokens, where the others are generated, so to speak, one by one."""
 COMPARED = 8
 """Sub-networks of the panel whose logits are compared, beside the largest and the smallest."""
 
@@ -84,7 +86,8 @@ class Bench:
 
     @cached_property
     def engine(self) -> OnnxRuntimeEngine:
-        return OnnxRuntimeEngine(export(self.supernet, self.cache / "export", (8, 4)).folder)
+        made = export(self.supernet, self.cache / "export", (8, 4))
+        return OnnxRuntimeEngine(made.folder, kv_cache="int8")
 
     @cached_property
     def space(self) -> SearchSpace:
@@ -134,7 +137,8 @@ class Bench:
         return {"known": len(panel(self.space)), "taken": taken}
 
     def logits(self) -> Figures:
-        """The engine against PyTorch on the same rounded weights: fp32 activations, then INT8 ones."""
+        """The engine against PyTorch on the same rounded weights: fp32 activations, then INT8 ones with
+        keys and values in INT8, the text read at once and one token after the other."""
         from transformers import AutoTokenizer
 
         from tests.engines.reference import cut_quantized, logits
@@ -147,7 +151,9 @@ class Bench:
         chosen = [self.space.full, self.space.smallest, mixed, *self.subnets[-COMPARED:]]
         for subnet in dict.fromkeys(chosen):
             expected = logits(cut_quantized(self.supernet, subnet), ids)[0]
-            exact, served = self._fp32_logits(subnet, ids), self._int8_logits(subnet, ids)
+            candidate = self.engine.build(subnet)
+            exact, served = self._fp32_logits(subnet, ids), self.engine.logits(candidate, ids[0])
+            decoded = self.engine.decoded_logits(candidate, ids[0], READ_AT_ONCE)
             found.append(
                 {
                     "layers": subnet.depth,
@@ -155,6 +161,7 @@ class Bench:
                     "bits": sorted(set(subnet.bits)),
                     "fp32_gap": float(np.abs(exact - expected).max()),
                     "int8_kl": mean_kl(expected, served),
+                    "decoded_kl": mean_kl(expected[READ_AT_ONCE - 1 :], decoded),
                 }
             )
         return {"found": found}
@@ -183,9 +190,6 @@ class Bench:
             accuracy_level=FP32_ACTIVATIONS,
         )
         return prefill_logits(open_session(graph, made.folder), made.shape, ids)[0]
-
-    def _int8_logits(self, subnet: SubNetwork, ids: np.ndarray) -> np.ndarray:
-        return self.engine.logits(self.engine.build(subnet), ids[0])
 
 
 def _figures(measured: Measurement) -> Figures:

@@ -3,8 +3,8 @@
 A package's graph keeps them in fp32, which is what stock onnxruntime-genai takes; ``keep_in_int8`` is
 applied to it, or to a part of it, before ONNX Runtime sees it. GroupQueryAttention reads INT8 caches with
 kernels that are fast for one new token and slow for many. So a step of one token uses them, and a pass
-over more widens what the cache holds, attends in fp32 and appends what is new in INT8. Within one pass
-nothing is rounded: the first pass over a prompt predicts just what the fp32 cache does.
+over more widens what the cache holds and attends in fp32. New keys and values are rounded before anything
+attends to them, so that a prompt read in pieces predicts what it does read at once.
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ STEPS = 127
 HEADROOM = 1.25
 """Of a scale over what was seen in calibration text; what goes beyond is clipped."""
 
-_QUERY, _PAST, _LENGTHS, _TOTAL, _SCALES = 0, slice(3, 5), 5, 6, 12
+_QUERY, _PAST, _LENGTHS, _TOTAL, _ROTATIONS, _SCALES = 0, slice(3, 5), 5, 6, slice(7, 9), 12
 """Places among GroupQueryAttention's inputs."""
 _SEVERAL, _NEW, _BEFORE = "int8_cache.several", "int8_cache.new", "int8_cache.before"
+_SIZES = "int8_cache.sizes"
 
 
 @dataclass(frozen=True)
@@ -95,12 +96,17 @@ def keep_in_int8(graph: ModelProto, scales: CacheScales) -> ModelProto:
             continue
         if not caches:
             changed.graph.node.extend(_lengths(node))
+            sizes = np.array([_attribute(node, "num_heads").i, *scales.keys.shape[1:2] * 2], np.int64)
+            sizes *= scales.keys.shape[2]
+            changed.graph.initializer.append(numpy_helper.from_array(sizes, _SIZES))
         names = [f"{past}.scale" for past in node.input[_PAST]]
         layer = int(node.input[_PAST][0].split(".")[-2])
         for name, part in zip(names, (scales.keys, scales.values), strict=True):
             if layer >= len(part):
                 raise InputError(f"there are scales for {len(part)} layers, and the graph has layer {layer}")
-            changed.graph.initializer.append(numpy_helper.from_array(part[layer][None, :, None], name))
+            step = part[layer][None, :, None]
+            changed.graph.initializer.append(numpy_helper.from_array(step, name))
+            changed.graph.initializer.append(numpy_helper.from_array(step.reshape(-1), f"{name}.flat"))
         caches.update(node.input[_PAST], node.output[1:3])
         changed.graph.node.append(_either(node, names))
     for entry in (*changed.graph.input, *changed.graph.output):
@@ -172,16 +178,21 @@ def _in_int8(attention: NodeProto, scales: Sequence[str]) -> onnx.GraphProto:
 
 
 def _in_fp32(attention: NodeProto, scales: Sequence[str]) -> onnx.GraphProto:
-    node = NodeProto()
-    node.CopyFrom(attention)
-    del node.output[:]
+    """Attention to what the cache holds and to new tokens as it will hold them."""
     outputs = [f"{name}.several" for name in attention.output]
     every = [f"{name}.every" for name in attention.output[1:3]]
-    node.output.extend([outputs[0], *every])
-    nodes = []
+    nodes, inputs = _rotated(attention)
+    node = NodeProto()
+    node.CopyFrom(attention)
     for place, (past, scale) in enumerate(zip(attention.input[_PAST], scales, strict=True)):
-        nodes += _widened(past, scale)
-        node.input[_PAST.start + place] = f"{past}.wide"
+        nodes += [*_rounded(inputs[1 + place], f"{scale}.flat"), *_widened(past, scale)]
+        inputs[1 + place] += ".kept"
+        inputs.append(f"{past}.wide")
+    del node.input[:]
+    node.input.extend([*inputs, *attention.input[_LENGTHS : _TOTAL + 1]])
+    _attribute(node, "do_rotary").i = 0
+    del node.output[:]
+    node.output.extend([outputs[0], *every])
     nodes.append(node)
     at = f"{outputs[0]}.at"
     nodes.append(helper.make_node("Shape", [attention.input[_LENGTHS]], [f"{at}.rows"]))
@@ -189,6 +200,45 @@ def _in_fp32(attention: NodeProto, scales: Sequence[str]) -> onnx.GraphProto:
     for past, scale, found, output in zip(attention.input[_PAST], scales, every, outputs[1:], strict=True):
         nodes += _appended(past, scale, found, at, output)
     return _branch(nodes, attention.output[0] + ".fp32", outputs)
+
+
+def _rotated(attention: NodeProto) -> tuple[list[NodeProto], list[str]]:
+    """New queries and keys rotated by their positions, and values: [rows, tokens, heads * head dim] each."""
+    nodes: list[NodeProto] = []
+    stem, parts = attention.output[0], list(attention.input[:3])
+    if not parts[1]:  # packed in one
+        parts = [f"{stem}.{part}" for part in ("query", "key", "value")]
+        nodes.append(helper.make_node("Split", [attention.input[_QUERY], _SIZES], parts, axis=-1))
+    for place, heads in enumerate(("num_heads", "kv_num_heads")):
+        source, parts[place] = parts[place], f"{stem}.rotated.{place}"
+        nodes.append(
+            helper.make_node(
+                "RotaryEmbedding",
+                [source, _BEFORE, *attention.input[_ROTATIONS]],
+                [parts[place]],
+                domain=attention.domain,
+                num_heads=_attribute(attention, heads).i,
+                interleaved=_attribute(attention, "rotary_interleaved").i,
+            )
+        )
+    return nodes, parts
+
+
+def _rounded(numbers: str, scale: str) -> list[NodeProto]:
+    """Numbers [..., kv heads * head dim] as INT8 keeps them, in fp32."""
+    return [
+        *_whole_steps(numbers, scale),
+        helper.make_node("Mul", [f"{numbers}.clip", scale], [f"{numbers}.kept"]),
+    ]
+
+
+def _whole_steps(numbers: str, scale: str) -> list[NodeProto]:
+    limits = ["int8_cache.least", "int8_cache.most"]
+    return [
+        helper.make_node("Div", [numbers, scale], [f"{numbers}.steps"]),
+        helper.make_node("Round", [f"{numbers}.steps"], [f"{numbers}.round"]),
+        helper.make_node("Clip", [f"{numbers}.round", *limits], [f"{numbers}.clip"]),
+    ]
 
 
 def _widened(past: str, scale: str) -> list[NodeProto]:
@@ -204,15 +254,16 @@ def _widened(past: str, scale: str) -> list[NodeProto]:
 def _appended(past: str, scale: str, every: str, at: str, output: str) -> list[NodeProto]:
     """The cache with what is new, in INT8: the last of ``every`` [rows, kv heads, tokens, head dim]."""
     bounds = [_BEFORE, "int8_cache.end", "int8_cache.axis"]
-    limits = ["int8_cache.least", "int8_cache.most"]
     return [
         helper.make_node("Slice", [every, *bounds], [f"{every}.new"]),
-        helper.make_node("Div", [f"{every}.new", scale], [f"{every}.steps"]),
-        helper.make_node("Round", [f"{every}.steps"], [f"{every}.round"]),
-        helper.make_node("Clip", [f"{every}.round", *limits], [f"{every}.clip"]),
-        helper.make_node("Cast", [f"{every}.clip"], [f"{every}.int8"], to=TensorProto.INT8),
+        *_whole_steps(f"{every}.new", scale),
+        helper.make_node("Cast", [f"{every}.new.clip"], [f"{every}.int8"], to=TensorProto.INT8),
         helper.make_node("TensorScatter", [past, f"{every}.int8", at], [output], axis=2),
     ]
+
+
+def _attribute(node: NodeProto, name: str) -> onnx.AttributeProto:
+    return next(attribute for attribute in node.attribute if attribute.name == name)
 
 
 def _branch(nodes: list[NodeProto], name: str, outputs: Sequence[str]) -> onnx.GraphProto:

@@ -18,6 +18,7 @@ import onnx
 import onnxruntime as ort
 
 from compressor.errors import InputError, PackageError
+from compressor.huge_pages import on_huge_pages
 from compressor.int8_cache import CacheScales, keep_in_int8
 from serve.graph import IDS, LAST_START, LOGITS, SplitGraph, split
 from serve.kvcache import CacheShape, KeyValueCache
@@ -261,7 +262,8 @@ def open_engine(
     try:
         graph = split(path, layers_each, options)
         models = [part.model if scales is None else _in_int8(part.model, scales) for part in graph.parts]
-        sessions = tuple(ort.InferenceSession(model, options, providers=[CPU]) for model in models)
+        with on_huge_pages():
+            sessions = tuple(ort.InferenceSession(model, options, providers=[CPU]) for model in models)
     except (PackageError, InputError):
         raise
     except Exception as error:

@@ -9,7 +9,7 @@ from typing import Any
 
 from compressor.errors import PackageError
 from compressor.int8_cache import SCALES_FILE, CacheScales
-from compressor.manifest import Manifest, read_manifest
+from compressor.manifest import CacheNumerics, Manifest, read_manifest
 from serve.chat import ChatTemplate, read_chat_template
 from serve.tokenizer import Tokenizer
 
@@ -27,9 +27,11 @@ class ServedPackage:
     tokenizer: Tokenizer
     template: ChatTemplate | None
 
-    @property
-    def scales(self) -> CacheScales:
-        """For keys and values in INT8. Raises ``PackageError`` where the package has none."""
+    def cache_scales(self, kv_cache: CacheNumerics | None = None) -> CacheScales | None:
+        """For keys and values in INT8, if they are asked for or the package was measured with them; else
+        None. Raises ``PackageError`` where the package has none."""
+        if (kv_cache or self.manifest.kv_cache) == "fp32":
+            return None
         return CacheScales.load(self.folder / SCALES_FILE)
 
 

@@ -51,9 +51,7 @@ class Service:
         self.created = int(time.time())
         self.tokenizer = self.package.tokenizer
         self.grammars = Grammars(self.tokenizer, self.package.eos_tokens)
-        scales = (
-            self.package.scales if (settings.kv_cache or self.package.manifest.kv_cache) == "int8" else None
-        )
+        scales = self.package.cache_scales(settings.kv_cache)
         engine = open_engine(self.package.graph, settings.threads, LAYERS_EACH, shared, scales)
         shape = engine.cache_shape(self.package.kv_heads, self.package.head_dim, 1)
         self.context, self.budget_tokens = plan_cache(

@@ -19,6 +19,7 @@ import onnx
 import onnxruntime as ort
 
 from compressor.errors import UnfitMachineError
+from compressor.huge_pages import on_huge_pages
 from compressor.space import ModelShape
 
 CPU = "CPUExecutionProvider"
@@ -60,9 +61,10 @@ def open_session(
         options.enable_profiling = True
         options.profile_file_prefix = str(profile_to)
     try:
-        return ort.InferenceSession(
-            graph.SerializeToString(), options, providers=list(dict.fromkeys((provider, CPU)))
-        )
+        with on_huge_pages():
+            return ort.InferenceSession(
+                graph.SerializeToString(), options, providers=list(dict.fromkeys((provider, CPU)))
+            )
     except Exception as error:
         first = str(error).splitlines()[0]
         raise UnfitMachineError(

@@ -170,12 +170,8 @@ class OnnxRuntimeEngine:
     def logits(self, candidate: OnnxCandidate, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         """Logits of every position, fp32 [tokens, vocabulary] for ids [tokens], or with a batch axis."""
         batch = ids[None] if ids.ndim == 1 else ids
-        session = self._scoring_session(candidate)
         rows = max(1, SCORED_TOKENS // batch.shape[1])
-        parts = [
-            prefill_logits(session, self.export.shape, batch[i : i + rows])
-            for i in range(0, len(batch), rows)
-        ]
+        parts = [self._prefill(candidate, batch[i : i + rows]) for i in range(0, len(batch), rows)]
         logits = np.concatenate(parts)
         return logits[0] if ids.ndim == 1 else logits
 
@@ -238,11 +234,19 @@ class OnnxRuntimeEngine:
         marks = [*reasons, *([said] if on_cpu else [])]
         return {"nodes": _by_provider(ran), **({"unfit": marks} if marks else {})}
 
+    def _prefill(self, candidate: OnnxCandidate, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        """Logits of every position of ids [batch, tokens]."""
+        session = self._scoring_session(candidate)
+        if self.kv_cache == "fp32":
+            return prefill_logits(session, self.export.shape, ids)
+        return Decoder(session, self.export.shape, *ids.shape).step(ids).copy()
+
     def _scoring_session(self, candidate: OnnxCandidate) -> ort.InferenceSession:
         if not candidate._scoring:
-            candidate._scoring.append(
-                self._session(candidate.subnet, candidate.numerics, "all", candidate.fine_inputs)
+            session = self._session(
+                candidate.subnet, candidate.numerics, "all", candidate.fine_inputs, self.scales
             )
+            candidate._scoring.append(session)
         return candidate._scoring[0]
 
     def _session(

@@ -30,8 +30,9 @@ def prove(
     """How exactly the sub-network must be computed, compared with PyTorch's on text of the unpruned model.
 
     Where keys and values are kept in INT8, the divergence is the larger of reading the text at once and of
-    generating it token by token. Paid for once. Warns where an 8-bit artefact stays beyond ``TARGET_NATS``;
-    raises ``PackageError`` where it is so far off that it must be wrong.
+    generating it token by token, for which attention has other kernels. Paid for once. Warns where an 8-bit
+    artefact stays beyond ``TARGET_NATS``; raises ``PackageError`` where it is so far off that it must be
+    wrong.
     """
     kept = "" if terms.workload.kv_cache == "fp32" else f":kv-{terms.workload.kv_cache}"
     key = Key(subnet.digest, terms.weights, f"{PROOF}{kept}", terms.numerics, engine=terms.engine)

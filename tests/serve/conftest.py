@@ -17,7 +17,7 @@ from pathlib import Path
 import openai
 import pytest
 
-from compressor.manifest import read_manifest, record_files, write_manifest
+from compressor.manifest import CacheNumerics, read_manifest, record_files, write_manifest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MODEL_NAME = "tiny-int8"
@@ -53,6 +53,12 @@ class RunningServer:
 def tiny_package(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A package of the tiny model, unpruned, in INT8."""
     return whole_package(tiny_model_folder, tmp_path_factory.mktemp("serve"), MODEL_NAME)
+
+
+@pytest.fixture(scope="session")
+def narrow_package(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with keys and values in INT8."""
+    return whole_package(tiny_model_folder, tmp_path_factory.mktemp("serve-int8"), MODEL_NAME, "int8")
 
 
 @pytest.fixture(scope="session")
@@ -95,16 +101,17 @@ def client(server: RunningServer) -> openai.OpenAI:
     return server.client()
 
 
-def whole_package(model_folder: Path, scratch: Path, name: str) -> Path:
+def whole_package(model_folder: Path, scratch: Path, name: str, kv_cache: CacheNumerics = "fp32") -> Path:
     """A model as it is, in INT8, as a package in ``scratch``."""
     from compressor.engines.onnx_export import export
-    from compressor.engines.onnx_package import write_package
+    from compressor.engines.onnxruntime import OnnxRuntimeEngine
     from compressor.space import SubNetwork
 
     exported = export(model_folder, scratch / "export")
     shape = exported.shape
     whole = SubNetwork(tuple(range(shape.num_layers)), (shape.intermediate_size,) * shape.num_layers)
-    write_package(exported, whole, scratch / "package", {"name": name, "base_model": name})
+    engine = OnnxRuntimeEngine(exported.folder, kv_cache=kv_cache)
+    engine.write(whole, scratch / "package", {"name": name, "base_model": name})
     return scratch / "package"
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import queue
 import random
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,13 +24,14 @@ GREEDY = SamplingParams(temperature=0)
 NEAR_TIE = 0.01  # of two logits, within which company may change the choice
 
 
-@pytest.fixture(scope="module")
-def package(tiny_package: Path) -> ServedPackage:
-    return open_package(tiny_package)
+@pytest.fixture(scope="module", params=["tiny_package", "narrow_package"])
+def package(request: pytest.FixtureRequest) -> ServedPackage:
+    """Keys and values are kept in fp32, then in INT8."""
+    return open_package(request.getfixturevalue(request.param))
 
 
 def make_model(package: ServedPackage, rows: int) -> Model:
-    engine = open_engine(package.graph, threads=1)
+    engine = open_engine(package.graph, threads=1, scales=package.cache_scales())
     shape = engine.cache_shape(package.kv_heads, package.head_dim, CONTEXT)
     return Model(engine, KeyValueCache(shape, rows))
 

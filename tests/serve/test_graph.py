@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import onnx
 import pytest
@@ -18,13 +16,14 @@ CONTEXT = 64
 PROMPT = list(range(5, 25))
 
 
-@pytest.fixture(scope="module")
-def package(tiny_package: Path) -> ServedPackage:
-    return open_package(tiny_package)
+@pytest.fixture(scope="module", params=["tiny_package", "narrow_package"])
+def package(request: pytest.FixtureRequest) -> ServedPackage:
+    """Keys and values are kept in fp32, then in INT8."""
+    return open_package(request.getfixturevalue(request.param))
 
 
 def make_model(package: ServedPackage, layers_each: int | None) -> Model:
-    engine = open_engine(package.graph, 1, layers_each)
+    engine = open_engine(package.graph, 1, layers_each, scales=package.cache_scales())
     shape = engine.cache_shape(package.kv_heads, package.head_dim, CONTEXT)
     return Model(engine, KeyValueCache(shape, 3))
 
