@@ -9,7 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import get_args
 
-from compressor.errors import CompressorError, InputError
+from compressor.errors import CompressorError
 from compressor.manifest import CacheNumerics, read_manifest
 from serve.settings import CONCURRENCY, Settings
 
@@ -20,10 +20,6 @@ def main() -> int:
         settings = _settings(_parser().parse_args())
         engine = read_manifest(settings.package).engine
         if engine == "vllm":
-            if settings.kv_cache:
-                raise InputError(
-                    "--kv-cache is for ONNX Runtime, vLLM keeps its cache its own way: leave it out"
-                )
             from serve.vllm_launcher import launch
 
             return launch(settings)

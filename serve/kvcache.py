@@ -29,6 +29,11 @@ class CacheShape:
     capacity: int
 
     @property
+    def numerics(self) -> str:
+        """Of keys and values, by their usual names."""
+        return {"float32": "fp32", "float16": "fp16"}.get(self.dtype.name, self.dtype.name)
+
+    @property
     def bytes_per_token(self) -> int:
         return 2 * self.layers * self.heads * self.head_dim * self.dtype.itemsize
 

@@ -61,4 +61,5 @@ def _model(service: Service) -> dict[str, Any]:
         "base_model": manifest.base_model,
         "parameters": manifest.parameters,
         "numerics": manifest.numerics,
+        "kv_cache": service.model.cache.shape.numerics,
     }

@@ -27,7 +27,7 @@ import psutil
 
 from compressor import cpu
 from compressor.environments import REMEDY
-from compressor.errors import UnfitMachineError
+from compressor.errors import InputError, UnfitMachineError
 from compressor.manifest import Manifest, read_manifest
 from serve.settings import Settings
 
@@ -95,6 +95,8 @@ def build_command(
 
     The key travels in the environment, where other users of the machine don't see it.
     """
+    if settings.kv_cache:
+        raise InputError("--kv-cache is for ONNX Runtime, vLLM keeps its cache its own way: leave it out")
     dtype = str(config["dtype"])
     context = min(settings.max_context or manifest.context_length, manifest.context_length)
     argv = [

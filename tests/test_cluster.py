@@ -17,7 +17,9 @@ from compressor import cluster
 from compressor.cluster import Cluster, join, joined, resource_name
 from compressor.engines.onnx_export import export
 from compressor.engines.onnx_store import Export
+from compressor.engines.onnxruntime import OnnxRuntimeEngine
 from compressor.errors import InputError, UnfitMachineError
+from compressor.int8_cache import SCALES_FILE
 from compressor.measurement import Measurement
 from compressor.profile import Workload
 from compressor.space import SubNetwork
@@ -95,6 +97,18 @@ def test_figures_come_from_the_device_only_and_weights_travel_once(
         received = Path(tempfile.gettempdir()).glob(f"edge-compressor-*/{_digest(device_node)}/weights.bin")
         written += [path.stat().st_mtime_ns for path in received]
     assert len(written) == len(SUBNETS) and len(set(written)) == 1
+
+
+@pytest.mark.slow
+def test_scales_of_the_cache_go_to_the_node_too(device_node: Cluster, exported: Export) -> None:
+    workload = WORKLOAD.model_copy(update={"kv_cache": "int8"})
+    device_node.bench(exported.folder, SUBNETS[0], WORKLOAD, threads=1, max_seconds=0.1)
+    OnnxRuntimeEngine(exported.folder, kv_cache="int8").require_scales()  # once a node had the weights
+    made = (exported.folder / SCALES_FILE).read_bytes()
+    measured = device_node.bench(exported.folder, SUBNETS[0], workload, threads=1, max_seconds=0.1)
+    assert measured.conditions["kv_cache"] == "int8"
+    (received,) = Path(tempfile.gettempdir()).glob(f"edge-compressor-*/{_digest(device_node)}/{SCALES_FILE}")
+    assert received.read_bytes() == made
 
 
 @pytest.mark.slow

@@ -96,6 +96,23 @@ def test_a_file_is_a_profile_too(tmp_path: Path) -> None:
     assert profile.workload.label == "128+64x1"
 
 
+def test_a_cache_in_int8_is_another_thing_to_measure() -> None:
+    workload = load_profile("starter-cpu").workload
+    assert workload.kv_cache == "int8"
+    assert (workload.label, workload.key) == ("128+64x1", "128+64x1/kv-int8")
+    assert workload.model_copy(update={"kv_cache": "fp32"}).key == "128+64x1"
+
+
+def test_vllm_keeps_its_cache_its_own_way(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    text = GOOD.replace("[workload]", '[workload]\nkv_cache = "int8"')
+    path.write_text(text, encoding="utf-8")
+    assert load_profile(str(path)).workload.kv_cache == "int8"
+    path.write_text(text.replace("[device]", 'engine = "vllm"\n[device]', 1), encoding="utf-8")
+    with pytest.raises(InputError, match=r"kv_cache is for ONNX Runtime.*leave it out"):
+        load_profile(str(path))
+
+
 def test_overrides_replace_single_budgets() -> None:
     profile = load_profile("laptop-cpu")
     changed = profile.with_overrides(tpot_ms=50.0, ttft_ms=None)

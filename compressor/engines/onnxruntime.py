@@ -239,7 +239,8 @@ class OnnxRuntimeEngine:
         session = self._scoring_session(candidate)
         if self.kv_cache == "fp32":
             return prefill_logits(session, self.export.shape, ids)
-        return Decoder(session, self.export.shape, *ids.shape).step(ids).copy()
+        decoder = Decoder(session, self.export.shape, *ids.shape)  # in whose buffer the logits live
+        return decoder.step(ids).copy()
 
     def _scoring_session(self, candidate: OnnxCandidate) -> ort.InferenceSession:
         if not candidate._scoring:

@@ -11,18 +11,22 @@ import onnx
 import pytest
 
 from compressor.engines import verify_package
+from compressor.engines.measure import measure_package
 from compressor.engines.memory import package_bytes
 from compressor.engines.onnx_package import DATA_FILE, GRAPH_FILE, write_package
 from compressor.engines.onnx_store import Export
 from compressor.engines.onnx_verify import check_logits, greedy, open_package
 from compressor.engines.onnxruntime import OnnxRuntimeEngine
 from compressor.errors import InputError, PackageError, UnfitMachineError
+from compressor.int8_cache import SCALES_FILE
 from compressor.manifest import Accuracy, Speed, read_manifest, write_manifest
+from compressor.profile import Workload
 from compressor.space import SubNetwork
 from tests.engines.reference import cut, logits
 
 SUBNET = SubNetwork((0, 1, 3), (128, 64, 96), (8, 4, 8))
 PROMPT = np.array([[5, 17, 301, 44, 9]])
+WORKLOAD = Workload(prompt_tokens=16, output_tokens=4)
 FIELDS = {
     "name": "tiny-test",
     "base_model": "tiny",
@@ -127,6 +131,23 @@ def test_inputs_read_in_two_passes_travel_with_the_package(tiny_export: Export, 
     candidate = engine.build(SUBNET, fine_inputs=fine)
     assert greedy(session, shape, PROMPT, 12) == greedy(candidate.session, shape, PROMPT, 12)
     assert "0.010 nats" in (tmp_path / "package" / "README.md").read_text()
+
+
+def test_scales_of_the_cache_travel_with_the_package_and_leave_its_graph_alone(
+    package: Path, tiny_export: Export, tmp_path: Path
+) -> None:
+    narrow = OnnxRuntimeEngine(tiny_export.folder, threads=1, kv_cache="int8")
+    narrow.write(SUBNET, tmp_path / "package", FIELDS)
+    manifest = read_manifest(tmp_path / "package")
+    assert manifest.kv_cache == "int8" and SCALES_FILE in manifest.files
+    assert (tmp_path / "package" / GRAPH_FILE).read_bytes() == (package / GRAPH_FILE).read_bytes()
+    assert read_manifest(package).kv_cache == "fp32" and not (package / SCALES_FILE).exists()
+    assert list(verify_package(tmp_path / "package"))
+    session, shape = open_package(tmp_path / "package", 1, kv_cache="int8")
+    candidate = narrow.build(SUBNET)
+    assert greedy(session, shape, PROMPT, 12) == greedy(candidate.session, shape, PROMPT, 12)
+    measured = measure_package(tmp_path / "package", WORKLOAD, threads=1, max_seconds=0.1)
+    assert measured.conditions["kv_cache"] == "int8"
 
 
 def test_an_engine_older_than_the_package_is_told_so(package: Path, tmp_path: Path) -> None:

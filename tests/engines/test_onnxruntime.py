@@ -7,6 +7,7 @@ import onnxruntime as ort
 import pytest
 
 from compressor.engines.onnx_store import Export
+from compressor.engines.onnx_verify import mean_kl
 from compressor.engines.onnxruntime import OnnxRuntimeEngine
 from compressor.errors import InputError, UnfitMachineError
 from compressor.profile import Workload
@@ -45,6 +46,23 @@ def test_logits_do_not_depend_on_the_batch(engine: OnnxRuntimeEngine) -> None:
     assert together.shape == (3, 400, 512) and together.dtype == np.float32
     assert np.abs(engine.logits(candidate, ids[1]) - together[1]).max() < 1e-4
     assert np.array_equal(engine.top1(candidate, ids), together.argmax(-1))
+
+
+def test_an_int8_cache_predicts_alike_at_once_and_token_by_token(tiny_export: Export) -> None:
+    wide, narrow = (
+        OnnxRuntimeEngine(tiny_export.folder, threads=1, kv_cache=kept) for kept in ("fp32", "int8")
+    )
+    ids = np.random.default_rng(0).integers(0, 512, 60)
+    exact = wide.logits(wide.build(SMALL), ids)
+    candidate = narrow.build(SMALL)
+    at_once, decoded = narrow.logits(candidate, ids), narrow.decoded_logits(candidate, ids, 20)
+    assert at_once.shape == exact.shape and decoded.shape == (41, 512)
+    assert mean_kl(exact, at_once) < 0.01 and mean_kl(exact[19:], decoded) < 0.01
+    batch = np.stack([ids, ids[::-1]])
+    assert np.abs(narrow.logits(candidate, batch)[0] - at_once).max() < 1e-4
+    measured = narrow.bench(candidate, WORKLOAD, max_seconds=0.1)
+    assert measured.conditions["kv_cache"] == "int8"
+    assert "kv_cache" not in wide.bench(wide.build(SMALL), WORKLOAD, max_seconds=0.1).conditions
 
 
 def test_a_workload_longer_than_the_context_is_refused(engine: OnnxRuntimeEngine) -> None:

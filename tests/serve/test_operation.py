@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import http.client
 import json
+import shutil
 import socket
+import subprocess
+import sys
 import threading
 import time
 import urllib.request
@@ -211,14 +214,39 @@ def test_prompts_stay_out_of_the_log(server):
 
 
 def test_starting_on_what_is_no_package_is_one_line(tmp_path):
-    import subprocess
-    import sys
+    assert "manifest.json" in refusal(tmp_path)
 
-    result = subprocess.run(
-        [sys.executable, "-m", "serve", str(tmp_path)], capture_output=True, text=True, check=False
-    )
+
+def refusal(*arguments):
+    """The one line with which a server that cannot start ends."""
+    command = [sys.executable, "-m", "serve", *map(str, arguments)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 2
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    return result.stderr
+
+
+def test_keys_and_values_are_kept_as_measured_or_as_told(narrow_package, start_server):
+    as_measured, told = start_server(narrow_package), start_server(narrow_package, "--kv-cache", "fp32")
+    texts = []
+    for server, kept in ((as_measured, "int8"), (told, "fp32")):
+        (model,) = server.client().models.list().data
+        assert model.kv_cache == kept
+        request = {"model": model.id, "prompt": "Once upon a time", "max_tokens": 40, "temperature": 0}
+        answers = [server.client().completions.create(**request).choices[0].text for _ in range(2)]
+        assert answers[0] == answers[1]  # the second finds its beginning in the cache
+        texts.append(answers[0])
+    assert texts[0][:8] == texts[1][:8]
+
+
+def test_a_package_without_scales_is_not_served_in_int8(tiny_package, narrow_package, tmp_path):
+    line = refusal(tiny_package, "--kv-cache", "int8")
+    assert "kv_scales.npz is missing" in line and "fp32" in line
+    damaged = tmp_path / "damaged"
+    shutil.copytree(narrow_package, damaged)
+    size = (damaged / "kv_scales.npz").stat().st_size
+    (damaged / "kv_scales.npz").write_bytes(b"\0" * size)
+    assert "kv_scales.npz is damaged" in refusal(damaged)
 
 
 def test_two_hundred_clients_of_which_half_leave(server):

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from compressor.engines.vllm_package import write_package
-from compressor.errors import PackageError, UnfitMachineError
+from compressor.errors import InputError, PackageError, UnfitMachineError
 from compressor.manifest import BudgetVerdict, Speed, read_manifest
 from serve.settings import Settings
 from serve.vllm_launcher import Command, base_url, build_command, gpu_bytes, launch
@@ -50,6 +50,11 @@ def test_a_gpu_takes_what_is_asked_for(package: Path) -> None:
     argv = _command(Settings(package, cache_gib=2, max_concurrency=3, max_context=64), on_cpu=False).argv
     assert _after(argv, "--kv-cache-memory-bytes") == str(2 << 30)
     assert _after(argv, "--max-num-seqs") == "3" and _after(argv, "--max-model-len") == "64"
+
+
+def test_vllm_is_not_told_how_to_keep_its_cache(package: Path) -> None:
+    with pytest.raises(InputError, match=r"--kv-cache is for ONNX Runtime.*leave it out"):
+        _command(Settings(package, kv_cache="int8"))
 
 
 @pytest.mark.vllm
