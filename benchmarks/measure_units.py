@@ -104,7 +104,8 @@ class Bench:
         return list(dict.fromkeys([*panel(self.space), *drawn]))[:PANEL]
 
     def building(self) -> Figures:
-        """Building and loading a candidate, cuts of all widths made before, as in a run."""
+        """Building and loading a candidate, cuts of all widths made before, as in a run; and the bytes of the
+        largest one's graph and cache scales."""
         self.engine.export.prepare(self.space.widths)
         rng = np.random.default_rng(1)
         self.engine.build(self.space.sample(rng))
@@ -116,7 +117,10 @@ class Bench:
             seconds.append(time.perf_counter() - began)
         tensors = self.engine.export.tensors(self.space.full)
         graph = build_graph(self.engine.export.shape, self.engine.export.constants, tensors)
-        return {"seconds": seconds, "bytes": len(graph.SerializeToString())}
+        scales = self.engine.scales
+        assert scales is not None
+        kept = scales.keys.nbytes + scales.values.nbytes
+        return {"seconds": seconds, "bytes": len(graph.SerializeToString()) + kept}
 
     def repeat(self) -> Figures:
         """One candidate in turns with the reference, as a run measures its winner."""

@@ -89,38 +89,30 @@ def keep_in_int8(graph: ModelProto, scales: CacheScales) -> ModelProto:
     changed.CopyFrom(graph)
     nodes = list(changed.graph.node)
     del changed.graph.node[:]
+    constants: dict[str, npt.NDArray[np.generic]] = {}
     caches: set[str] = set()
     for node in nodes:
-        if node.op_type != ATTENTION:
-            changed.graph.node.append(node)
-            continue
-        if not caches:
-            changed.graph.node.extend(_lengths(node))
-            sizes = np.array([_attribute(node, "num_heads").i, *scales.keys.shape[1:2] * 2], np.int64)
-            sizes *= scales.keys.shape[2]
-            changed.graph.initializer.append(numpy_helper.from_array(sizes, _SIZES))
-        names = [f"{past}.scale" for past in node.input[_PAST]]
-        layer = int(node.input[_PAST][0].split(".")[-2])
-        for name, part in zip(names, (scales.keys, scales.values), strict=True):
-            if layer >= len(part):
-                raise InputError(f"there are scales for {len(part)} layers, and the graph has layer {layer}")
-            step = part[layer][None, :, None]
-            changed.graph.initializer.append(numpy_helper.from_array(step, name))
-            changed.graph.initializer.append(numpy_helper.from_array(step.reshape(-1), f"{name}.flat"))
-        caches.update(node.input[_PAST], node.output[1:3])
-        changed.graph.node.append(_either(node, names))
+        if node.op_type == ATTENTION:
+            if not caches:
+                changed.graph.node.extend(_lengths(node))
+                constants |= _CONSTANTS | {_SIZES: _sizes(node, scales)}
+            steps = _steps_of(node, scales)
+            for name, step in steps.items():
+                constants |= {name: step, f"{name}.flat": step.reshape(-1)}
+            caches.update(node.input[_PAST], node.output[1:3])
+            node = _either(node, list(steps))
+        changed.graph.node.append(node)
     for entry in (*changed.graph.input, *changed.graph.output):
         if entry.name in caches:
             entry.type.tensor_type.elem_type = TensorProto.INT8
-    for name, values in _CONSTANTS.items():
-        changed.graph.initializer.append(numpy_helper.from_array(values, name))
+    changed.graph.initializer.extend(numpy_helper.from_array(of, name) for name, of in constants.items())
     for entry in changed.opset_import:
         if not entry.domain:
             entry.version = max(entry.version, OPSET)
     return changed
 
 
-_CONSTANTS = {
+_CONSTANTS: dict[str, npt.NDArray[np.generic]] = {
     "int8_cache.one": np.array([1], np.int64),
     "int8_cache.zero": np.array([0], np.int64),
     "int8_cache.axis": np.array([2], np.int64),
@@ -134,6 +126,25 @@ def _steps(sizes: Sequence[npt.NDArray[np.float32]]) -> npt.NDArray[np.float32]:
     """Scales [layers, kv heads, head dim] for numbers of these sizes; never 0."""
     largest = np.stack([size.max(axis=(0, 2)) for size in sizes])
     return np.maximum(HEADROOM * largest / STEPS, 1e-6).astype(np.float32)
+
+
+def _steps_of(attention: NodeProto, scales: CacheScales) -> dict[str, npt.NDArray[np.float32]]:
+    """Scales of an attention's keys and values, [1, kv heads, 1, head dim], by their names in the graph."""
+    layer = int(attention.input[_PAST][0].split(".")[-2])
+    layers, heads, _ = scales.keys.shape
+    if layer >= layers or heads != _attribute(attention, "kv_num_heads").i:
+        raise InputError(
+            f"there are scales for {layers} layers of {heads} key heads, and layer {layer} has "
+            f"{_attribute(attention, 'kv_num_heads').i}: they are another model's"
+        )
+    parts = (part[layer][None, :, None] for part in (scales.keys, scales.values))
+    return {f"{past}.scale": part for past, part in zip(attention.input[_PAST], parts, strict=True)}
+
+
+def _sizes(attention: NodeProto, scales: CacheScales) -> npt.NDArray[np.int64]:
+    """How many of the packed numbers of a token are queries, keys and values."""
+    _, heads, head_dim = scales.keys.shape
+    return np.array([_attribute(attention, "num_heads").i, heads, heads], np.int64) * np.int64(head_dim)
 
 
 def _lengths(attention: NodeProto) -> list[NodeProto]:

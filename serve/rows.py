@@ -140,7 +140,7 @@ class Rows:
         """The longest beginning of the prompt, less its last two tokens, that a row holds, and the row.
 
         Two are left because a prefill of one token goes through attention's decoding path, whose rounding
-        differs; of two or more, any split gives the same logits to the last bit.
+        differs; of two or more, any split gives the same logits to the last bit, whatever the cache keeps.
         """
         limit = prompt[:-2]
         return max((common_prefix(self.cache.rows[index].tokens, limit), index) for index in rows)

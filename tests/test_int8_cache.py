@@ -124,10 +124,13 @@ def test_the_graph_given_is_left_as_it_was(exported: Export) -> None:
     assert past.type.tensor_type.elem_type == onnx.TensorProto.INT8
 
 
-def test_scales_of_another_depth_are_refused(exported: Export) -> None:
+def test_scales_of_another_model_are_refused(exported: Export) -> None:
     graph = build_graph(exported.shape, exported.constants, exported.tensors(SUBNET))
-    with pytest.raises(InputError, match="scales for 1 layers"):
-        keep_in_int8(graph, cache_scales(exported).of_layers((0,)))
+    scales = cache_scales(exported).of_layers(SUBNET.layers)
+    fewer = CacheScales(scales.keys[:, :1], scales.values[:, :1])
+    for others in (scales.of_layers((0,)), fewer):
+        with pytest.raises(InputError, match="another model's"):
+            keep_in_int8(graph, others)
 
 
 def test_a_damaged_file_of_scales_is_told(exported: Export, tmp_path: Path) -> None:
