@@ -75,7 +75,12 @@ class Workload(_Table):
     @property
     def key(self) -> str:
         """Of what was measured with it, in the ledger."""
-        return self.label if self.kv_cache == "fp32" else f"{self.label}/kv-{self.kv_cache}"
+        return f"{self.label}/{self.cache_key}" if self.cache_key else self.label
+
+    @property
+    def cache_key(self) -> str:
+        """Of what depends on how keys and values are kept and on nothing else of it, in the ledger."""
+        return "" if self.kv_cache == "fp32" else f"kv-{self.kv_cache}"
 
 
 class Space(_Table):

@@ -34,8 +34,8 @@ def prove(
     artefact stays beyond ``TARGET_NATS``; raises ``PackageError`` where it is so far off that it must be
     wrong.
     """
-    kept = "" if terms.workload.kv_cache == "fp32" else f":kv-{terms.workload.kv_cache}"
-    key = Key(subnet.digest, terms.weights, f"{PROOF}{kept}", terms.numerics, engine=terms.engine)
+    kept = terms.workload.cache_key
+    key = Key(subnet.digest, terms.weights, PROOF, terms.numerics, engine=terms.engine, workload=kept)
     row = context.ledger.get(key)
     if row is None:
         exactness = _choose(context, terms, engine, subnet, supernet)

@@ -56,7 +56,10 @@ class ReferenceSet:
 
     def score_key(self, numerics: Numerics, split: str) -> Key:
         engine = PYTORCH if numerics == "bf16" else self.engine(numerics)
-        return Key(self.full.digest, self.weights, self.task.key(split), numerics, engine=engine)
+        kept = "" if engine == PYTORCH else self.context.request.profile.workload.cache_key
+        return Key(
+            self.full.digest, self.weights, self.task.key(split), numerics, engine=engine, workload=kept
+        )
 
     def pay(self, to_time: Load, to_score: Load) -> Iterator[str]:
         """Fill the ledger with what it lacks, yielding what is done; cheap when all is there.

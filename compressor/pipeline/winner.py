@@ -148,8 +148,8 @@ def _scored(
     exactness: Exactness | None,
     split: str,
 ) -> Row:
-    numerics = _shipped(terms, exactness)
-    key = Key(subnet.digest, terms.weights, task.key(split), numerics, engine=terms.engine)
+    numerics, kept = _shipped(terms, exactness), terms.workload.cache_key
+    key = Key(subnet.digest, terms.weights, task.key(split), numerics, engine=terms.engine, workload=kept)
     row = context.ledger.get(key)
     if row is None:
         with target.artefact(subnet, exactness) as artefact:
