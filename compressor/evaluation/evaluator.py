@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from compressor.errors import InputError
 from compressor.evaluation.encoding import DEFAULT_MAX_LENGTH, Encoded, Encoder
-from compressor.evaluation.packing import PREFIX_COST
+from compressor.evaluation.packing import CPU_COSTS, Costs
 from compressor.evaluation.racing import ALPHA, Raced, most_looks, run_race, rungs
 from compressor.evaluation.score import Items, Score
 from compressor.evaluation.taskdata import Split
@@ -28,8 +28,9 @@ if TYPE_CHECKING:
 
 RACING_OVERHEAD = 1.25
 """Most tokens that a race run to its end may cost, in those of scoring all items at once."""
-RUNG_TOKENS = 4096
-"""Fewest tokens of a rung: with fewer, threads wait for each other at the end of each."""
+RUNG_TOKENS = 3700
+"""About the tokens of a rung: they nearly fill two passes (``schedule.BLOCK_BYTES``), one for each of two
+threads. A few more make four small passes, which took a sixth longer."""
 
 
 class TaskEvaluator:
@@ -122,11 +123,11 @@ class TaskEvaluator:
 
     def _prepare_for(self, model: PreTrainedModel, split: Split) -> Prepared:
         """The split's requests, to be packed as suits the first model that is scored on them."""
-        from compressor.evaluation.scorer import prefix_cost_of
+        from compressor.evaluation.scorer import costs_of
 
         prepared = self.prepare(split)
-        if prepared.prefix_cost is None:
-            prepared.prefix_cost = prefix_cost_of(model)
+        if prepared.costs is None:
+            prepared.costs = costs_of(model)
         return prepared
 
 
@@ -144,7 +145,7 @@ class Prepared:
     strata: NDArray[np.int64]
     golds: NDArray[np.int64]
     indices: NDArray[np.int64] | None = None
-    prefix_cost: float | None = None
+    costs: Costs | None = None
     _plan: Plan | None = None
     _parts: dict[int, Prepared] = field(default_factory=dict)
     _looks: int | None = None
@@ -162,7 +163,7 @@ class Prepared:
         from compressor.evaluation.scorer import Plan
 
         if self._plan is None:
-            self._plan = Plan.of(self.encoded, self.prefix_cost or PREFIX_COST)
+            self._plan = Plan.of(self.encoded, self.costs or CPU_COSTS)
         return self._plan
 
     def score(self, likelihoods: Likelihoods) -> Score:
@@ -182,7 +183,7 @@ class Prepared:
                 self.strata[items],
                 self.golds[items],
                 items,
-                self.prefix_cost,
+                self.costs,
             )
         return self._parts[rung]
 
@@ -192,7 +193,7 @@ class Prepared:
         if self._looks is None:
             tokens = self.plan().packing.tokens
             most = RACING_OVERHEAD * tokens
-            self._looks = max(1, min(most_looks(self.num_items), tokens // RUNG_TOKENS))
+            self._looks = max(1, min(most_looks(self.num_items), round(tokens / RUNG_TOKENS)))
             while self._looks > 1 and self._tokens(seed, self._looks) > most:
                 self._looks //= 2
                 self._parts.clear()

@@ -18,10 +18,28 @@ from compressor.evaluation.encoding import Encoded
 
 Ints = NDArray[np.int64]
 
-ATTENTION_COST = 0.0008
-"""Cost of attending to one more key, in costs of a token's matrix products (the starter on a CPU)."""
-PREFIX_COST = 128.0
-"""Cost of keeping one more prefix apart, in tokens (the starter on a CPU)."""
+
+@dataclass(frozen=True)
+class Costs:
+    """What a plan costs beside the matrix products of its tokens, in those of one token.
+
+    ``key``: attending to one more key. Keys are attended to ``step`` at a time, a prefix's apart from a
+    tree's own, so that each of the two ends with some for nothing. ``prefix``: keeping one more apart.
+    """
+
+    prefix: float = 128
+    key: float = 0.0008
+    step: int = 1
+
+    def of(self, new: int, before: int) -> float:
+        """Tokens of a tree or prefix, each with all its own keys and those of so many before them."""
+        keys = sum(-(-count // self.step) * self.step for count in (new, before))
+        return new * (1 + self.key * keys)
+
+
+CPU_COSTS = Costs()
+TILED_COSTS = Costs(key=0.003, step=32)
+"""Measured with the starter on a CPU, by PyTorch's products and by those of a matrix unit."""
 
 
 @dataclass(frozen=True)
@@ -71,11 +89,8 @@ class Packing:
         return 0 if index < 0 else int(self.trees[index].positions[-1]) + 1
 
 
-def pack(requests: Sequence[Encoded], prefix_cost: float = PREFIX_COST) -> Packing:
-    """The packing of all requests. Cheap beside scoring; done once for any number of sub-networks.
-
-    ``prefix_cost``: of keeping one more prefix apart, in tokens.
-    """
+def pack(requests: Sequence[Encoded], costs: Costs = CPU_COSTS) -> Packing:
+    """The packing of all requests. Cheap beside scoring; done once for any number of sub-networks."""
     inputs = sorted({request.inputs for request in requests})
     trie = _Trie(inputs)
     wanted = _wanted_nodes(trie, inputs, requests)
@@ -83,7 +98,7 @@ def pack(requests: Sequence[Encoded], prefix_cost: float = PREFIX_COST) -> Packi
     leaves: list[Tree] = []
     members: list[Ints] = []
     member_prefixes: list[Ints] = []
-    for nodes, parent, is_prefix in _partition(trie, prefix_cost):
+    for nodes, parent, is_prefix in _partition(trie, costs):
         tree = trie.tree(nodes, parent, wanted.flags)
         (prefixes if is_prefix else leaves).append(tree)
         (member_prefixes if is_prefix else members).append(nodes)
@@ -159,11 +174,11 @@ class _Trie:
         return Tree(self.ids[nodes], self.depths[nodes], ends, parent, np.flatnonzero(wanted[nodes]))
 
 
-def _partition(trie: _Trie, prefix_cost: float) -> Iterator[tuple[Ints, int, bool]]:
+def _partition(trie: _Trie, costs: Costs) -> Iterator[tuple[Ints, int, bool]]:
     """Nodes of each tree, its parent prefix, and whether it is a prefix itself."""
     prefixes = 0
     stack: list[tuple[int, int, int, int]] = [(0, len(trie.lengths), 0, -1)]
-    planner = _Planner(trie, prefix_cost)
+    planner = _Planner(trie, costs)
     while stack:
         low, high, covered, parent = stack.pop()
         choice = planner.choose(low, high, covered)
@@ -184,10 +199,10 @@ def _partition(trie: _Trie, prefix_cost: float) -> Iterator[tuple[Ints, int, boo
 class _Planner:
     """Decides, for each subtree, what is cheapest: one tree, its children apart, or a kept prefix."""
 
-    def __init__(self, trie: _Trie, prefix_cost: float) -> None:
+    def __init__(self, trie: _Trie, costs: Costs) -> None:
         self.trie = trie
-        self.prefix_cost = prefix_cost
-        self._costs: dict[tuple[int, int, int], tuple[float, str]] = {}
+        self.costs = costs
+        self._found: dict[tuple[int, int, int], tuple[float, str]] = {}
         self._children: dict[tuple[int, int], list[tuple[int, int]]] = {}
 
     def choose(self, low: int, high: int, covered: int) -> str:
@@ -208,13 +223,13 @@ class _Planner:
 
     def _best(self, low: int, high: int, covered: int) -> tuple[float, str]:
         key = (low, high, covered)
-        if key not in self._costs:
-            self._costs[key] = self._compare(low, high, covered)
-        return self._costs[key]
+        if key not in self._found:
+            self._found[key] = self._compare(low, high, covered)
+        return self._found[key]
 
     def _compare(self, low: int, high: int, covered: int) -> tuple[float, str]:
         size = self._size(low, high, covered)
-        one = size * (1 + ATTENTION_COST * (covered + size))
+        one = self.costs.of(size, covered)
         if high - low == 1:
             return one, "tree"
         options = [(one, "tree")] if size <= _LARGEST_TREE else []
@@ -223,8 +238,8 @@ class _Planner:
         options.append((sum(self._best(a, b, covered)[0] for a, b in children), "apart"))
         if common > covered:
             below = sum(self._best(a, b, common)[0] for a, b in children)
-            own = (common - covered) * (1 + ATTENTION_COST * common)
-            options.append((below + own + self.prefix_cost, "prefix"))
+            own = self.costs.of(common - covered, covered)
+            options.append((below + own + self.costs.prefix, "prefix"))
         return min(options)
 
     def _size(self, low: int, high: int, covered: int) -> int:

@@ -20,7 +20,7 @@ from torch import Tensor
 from compressor.compute import gpu_matmul_flops
 from compressor.evaluation.encoding import Encoded, Encoder, max_length_of
 from compressor.evaluation.forward import PackedModel
-from compressor.evaluation.packing import PREFIX_COST, Packing, pack
+from compressor.evaluation.packing import CPU_COSTS, TILED_COSTS, Costs, Packing, pack
 from compressor.evaluation.schedule import Step, schedule
 from compressor.evaluation.shared_layers import SharedLayers
 from compressor.evaluation.workers import most_workers
@@ -58,9 +58,9 @@ class Plan:
     _steps: dict[tuple[torch.device, torch.dtype], list[Step]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, encoded: Sequence[Encoded], prefix_cost: float = PREFIX_COST) -> Plan:
-        """``prefix_cost`` as ``prefix_cost_of`` gives it for the model that the plan is for."""
-        return cls(encoded, pack(encoded, prefix_cost))
+    def of(cls, encoded: Sequence[Encoded], costs: Costs = CPU_COSTS) -> Plan:
+        """``costs`` as ``costs_of`` gives them for the model that the plan is for."""
+        return cls(encoded, pack(encoded, costs))
 
     @property
     def truncated(self) -> int:
@@ -75,16 +75,16 @@ class Plan:
         return self._steps[key]
 
 
-def prefix_cost_of(model: PreTrainedModel) -> float:
-    """What keeping one more prefix apart costs, in tokens of the model's matrix products.
+def costs_of(model: PreTrainedModel) -> Costs:
+    """What decides which prefixes are worth keeping apart for a model where it is.
 
-    Much on a GPU, which computes many tokens of a small model while one prefix's kernels are launched.
+    Few on a GPU, which computes many tokens of a small model while one prefix's kernels are launched.
     """
     if model.device.type != "cuda":
-        return PREFIX_COST
+        return TILED_COSTS if PackedModel(model).means.tiled else CPU_COSTS
     base: Any = model.base_model
     layer_flops: float = 2.0 * sum(parameter.numel() for parameter in base.layers[0].parameters())
-    return LAUNCH_SECONDS * gpu_matmul_flops() / layer_flops
+    return Costs(prefix=LAUNCH_SECONDS * gpu_matmul_flops() / layer_flops)
 
 
 def score_plan(plan: Plan, model: PreTrainedModel, shared: SharedLayers | None = None) -> Likelihoods:
@@ -146,7 +146,7 @@ class PackedLM(LM):  # type: ignore[misc]
         """The plan of these requests, made the first time."""
         pairs = tuple(request.args for request in requests)
         if pairs not in self._plans:
-            self._plans[pairs] = Plan.of(self.encoder.encode(pairs), prefix_cost_of(self.model))
+            self._plans[pairs] = Plan.of(self.encoder.encode(pairs), costs_of(self.model))
         return self._plans[pairs]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:

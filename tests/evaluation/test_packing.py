@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compressor.evaluation.encoding import Encoded
-from compressor.evaluation.packing import Packing, pack
+from compressor.evaluation.packing import Costs, Packing, pack
 
 sequences = st.lists(st.lists(st.integers(0, 3), min_size=2, max_size=12).map(tuple), min_size=1, max_size=25)
 
@@ -72,6 +72,13 @@ def test_single_token_choices_of_an_item_share_one_row() -> None:
 def test_a_prefix_is_kept_apart_only_where_that_costs_less() -> None:
     shots = tuple(range(1000, 1300))
     requests = [Encoded((*shots, *range(item * 200, item * 200 + 150), 3), scored=1) for item in range(8)]
-    cheap, dear = pack(requests), pack(requests, prefix_cost=10_000)
+    cheap, dear = pack(requests), pack(requests, Costs(prefix=10_000))
     assert (cheap.prefixes, cheap.tokens) == (1, 300 + 8 * 150)
     assert (dear.prefixes, dear.tokens) == (0, 8 * 450)
+
+
+def test_a_short_prefix_is_not_kept_apart_where_its_keys_take_a_whole_step() -> None:
+    requests = [Encoded((1, 2, *range(item * 100, item * 100 + 40), 3), scored=1) for item in range(100)]
+    by_one, by_steps = pack(requests, Costs(key=0.003)), pack(requests, Costs(key=0.003, step=32))
+    assert (by_one.prefixes, by_one.tokens) == (1, 2 + 100 * 40)
+    assert (by_steps.prefixes, by_steps.tokens) == (0, 100 * 42)
