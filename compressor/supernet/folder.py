@@ -40,7 +40,7 @@ def save_supernet(
     info_path.unlink(missing_ok=True)
     with models.quiet_progress():
         model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        models.save_tokenizer(tokenizer, folder)
     info = SupernetInfo(tuple(drop_order), ordering, weights_hash(folder))
     scratch = info_path.with_suffix(".tmp")
     scratch.write_text(json.dumps(asdict(info), indent=2) + "\n", encoding="utf-8")
