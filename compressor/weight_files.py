@@ -139,7 +139,9 @@ def _layer_tensors(shape: ModelShape) -> dict[str, tuple[int, ...]]:
 
 def _shards(index: Path) -> list[Path]:
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8-sig"))["weight_map"].values()))
+        table = json.loads(index.read_text(encoding="utf-8"))
+        names = sorted(set(table["weight_map"].values()))
+        table["metadata"].values()  # which loaders read too
     except (ValueError, KeyError, TypeError, AttributeError, OSError):
         raise InputError(f"{index} is not a readable index of weights: {AGAIN}") from None
     if not names or not all(isinstance(name, str) for name in names):
