@@ -69,8 +69,23 @@ def read_architecture(path: Path) -> str:
     raise InputError(f"{path} is not a readable GGUF file: download it again or name another model")
 
 
-@lru_cache(maxsize=2)
 def open_reader(path: Path) -> Any:
+    """gguf's reader of a file, kept while the file stays as it is."""
+    return _open(path, *_state(path))
+
+
+def read_fields(path: Path) -> dict[str, Any]:
+    """Every key with its value. Raises ``InputError`` for a damaged file."""
+    return _read(path, *_state(path))
+
+
+def _state(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    return found.st_mtime_ns, found.st_size
+
+
+@lru_cache(maxsize=2)
+def _open(path: Path, _changed: int, _size: int) -> Any:
     from gguf import GGUFReader
 
     try:
@@ -80,18 +95,11 @@ def open_reader(path: Path) -> Any:
 
 
 @lru_cache(maxsize=2)
-def read_fields(path: Path) -> dict[str, Any]:
-    """Every key with its value. Raises ``InputError`` for a damaged file."""
+def _read(path: Path, _changed: int, _size: int) -> dict[str, Any]:
     try:
         return {name: field.contents() for name, field in open_reader(path).fields.items()}
     except (ValueError, IndexError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is damaged ({error}): download it again or name another model") from None
-
-
-def forget() -> None:
-    """Close the files that are kept open."""
-    open_reader.cache_clear()
-    read_fields.cache_clear()
 
 
 def check_fields(path: Path, fields: Fields) -> None:

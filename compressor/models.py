@@ -161,13 +161,13 @@ def _load_pretrained(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    revision = source.revision or "main"
-    config = AutoConfig.from_pretrained(source.location, revision=revision)
+    location = str(_fetched(source)) if source.kind == "hub" else source.location
+    config = AutoConfig.from_pretrained(location)
     padding = config.pad_token_id
     if isinstance(padding, int) and not 0 <= padding < config.vocab_size:
         config.pad_token_id = None  # a row that the embedding lacks: none of its texts is padded
     model, report = AutoModelForCausalLM.from_pretrained(
-        source.location, revision=revision, dtype=dtype, config=config, output_loading_info=True
+        location, dtype=dtype, config=config, output_loading_info=True
     )
     for kind in ("missing_keys", "mismatched_keys", "error_msgs", "conversion_errors"):
         if found := report.get(kind):
@@ -175,22 +175,36 @@ def _load_pretrained(
                 f"{source.location}: {next(iter(found))} is not loaded as its configuration says "
                 f"({kind.replace('_', ' ')}): fetch the model again"
             )
-    return model, load_tokenizer(source.location, revision)
+    return model, load_tokenizer(location)
 
 
-def load_tokenizer(location: str, revision: str = "main") -> PreTrainedTokenizerFast:
-    """The tokenizer of a folder or of the hub, as its ``tokenizer.json`` has it where there is one.
+def load_tokenizer(folder: str) -> PreTrainedTokenizerFast:
+    """The tokenizer of a model's folder, as its ``tokenizer.json`` has it where there is one.
 
     transformers may make another from the class that the folder names, which splits texts another way.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    folder = Path(location)
-    if folder.is_dir() and (folder / TOKENIZER_FILE).is_file():
-        exact: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(location)
-        return exact
-    tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(location, revision=revision)
+    exact = (Path(folder) / TOKENIZER_FILE).is_file()
+    tokenizer: PreTrainedTokenizerFast = (
+        PreTrainedTokenizerFast if exact else AutoTokenizer
+    ).from_pretrained(folder)
     return tokenizer
+
+
+def _fetched(source: ModelSource) -> Path:
+    """The hub's model on this machine, read before it is loaded like any other folder."""
+    from huggingface_hub import snapshot_download
+
+    small = ("*.json", "*.jinja", "*.txt", "tokenizer.model")
+    for weights in ("model*.safetensors", "pytorch_model*.bin"):
+        found = snapshot_download(
+            source.location, revision=source.revision or None, allow_patterns=[*small, weights]
+        )
+        if any(Path(found).glob(weights)):
+            break
+    check_folder(Path(found), source.name)
+    return Path(found)
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -151,9 +151,7 @@ def fresh(asked: Mapping[str, Any]) -> RunRequest:
     profile = named_profile(str(asked.get("profile", DEFAULT_PROFILE)))
     preset = str(asked.get("preset", "standard"))
     base = RunRequest(profile=profile, preset=preset, effort=effort(preset))
-    request = with_flags(base, asked)
-    check_inputs(request)
-    return request
+    return with_flags(base, asked)
 
 
 def check_inputs(request: RunRequest) -> None:

@@ -169,3 +169,13 @@ def test_windows_of_qwen_are_one_for_all_layers_or_refused(case: str) -> None:
             )
             == wanted
         )
+
+
+@pytest.mark.parametrize("case", WINDOWS)
+def test_a_graphs_window_is_that_of_the_models_layers(case: str) -> None:
+    from compressor.engines.onnx_export import _constants
+
+    changes, wanted = WINDOWS[case]
+    settings = {name: value for name, value in (QWEN | changes).items() if name != "model_type"}
+    if not isinstance(wanted, str):
+        assert _constants(Qwen2Config(**settings), 1.0).local_window == (wanted or -1)

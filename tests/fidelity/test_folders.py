@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -240,6 +243,33 @@ def test_what_can_be_meant_in_one_way_only_is_followed(
     assert again.model.generation_config.eos_token_id == 2
     padding = again.model.generation_config.pad_token_id
     assert padding is not None and 0 <= padding < 512
+
+
+def test_models_of_the_hubs_cache_are_read_like_folders(tiny_model_folder: Path, tmp_path: Path) -> None:
+    """In a process of its own: the hub's client reads its environment as it is imported."""
+    for name in ("whole", "broken"):
+        repository = tmp_path / "hub" / f"models--somebody--{name}"
+        snapshot = repository / "snapshots" / ("a" * 40)
+        snapshot.parent.mkdir(parents=True)
+        shutil.copytree(tiny_model_folder, snapshot)
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text("a" * 40)
+    tensors(lambda t: t.pop(GATE))(snapshot)
+    script = """
+from compressor import errors, models
+loaded = models.load(models.resolve("somebody/whole"))
+print(loaded.source.kind, loaded.source.revision[:4], len(loaded.tokenizer))
+try:
+    models.resolve("somebody/broken")
+except errors.InputError as error:
+    print(error)
+"""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "hub")}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert "hub aaaa 512" in done.stdout, done.stderr
+    assert "lacks the tensor model.layers.0.mlp.gate_proj" in done.stdout
 
 
 def test_a_temperature_stays(tiny_model_folder: Path, tmp_path: Path) -> None:
