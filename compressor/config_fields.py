@@ -78,7 +78,13 @@ def check_config(where: str, config: Config) -> None:
     if family not in FAMILIES:
         raise alien(where, family)
     for name in config:
-        verdict, reason = judge(name, config)
+        try:
+            verdict, reason = judge(name, config)
+        except (TypeError, ValueError, AttributeError):
+            verdict, reason = (
+                "refused",
+                f"is of another form than expected ({config[name]!r}): correct it there",
+            )
         if verdict == "refused":
             raise InputError(f"{where}: in its config.json {name} {reason}")
 

@@ -114,15 +114,15 @@ def check_fields(path: Path, fields: Fields) -> None:
             f"{path} holds no model of its own (general.type is '{fields['general.type']}'): merge it into "
             "its base model, or name a model"
         )
+    for key in (*(f"{_architecture(fields)}.{name}" for name in _REQUIRED), "tokenizer.ggml.tokens"):
+        if key not in fields:
+            raise InputError(f"{path} lacks the key {key}: download it again or convert the model again")
     for name in fields:
         verdict, reason = judge(name, fields)
         if verdict == "refused":
             raise InputError(
                 f"{path}: its key {name} {reason}: use the Hugging Face folder of this model, or another"
             )
-    for key in (*(f"{_architecture(fields)}.{name}" for name in _REQUIRED), "tokenizer.ggml.tokens"):
-        if key not in fields:
-            raise InputError(f"{path} lacks the key {key}: download it again or convert the model again")
 
 
 def judge(name: str, fields: Fields) -> tuple[str, str]:

@@ -40,8 +40,17 @@ LAYER_NAMES = {
 def check(path: Path) -> None:
     """Raise ``InputError`` for a file whose model, tokenizer or weights would not be understood exactly.
 
-    Reads keys and the tensors' names and shapes.
+    Reads keys, the tensors' names and shapes, and a row of each number format.
     """
+    try:
+        _check(path)
+    except (TypeError, ValueError, ZeroDivisionError, KeyError) as error:
+        raise InputError(
+            f"{path} has a key of another form than GGUF files have ({error}): convert the model again"
+        ) from None
+
+
+def _check(path: Path) -> None:
     fields = read_fields(path)
     check_fields(path, fields)
     gguf_tokenizer.check_tokenizer(path, fields)
@@ -63,6 +72,7 @@ def check(path: Path) -> None:
     if missing := sorted(set(wanted) - seen):
         raise InputError(f"the GGUF file lacks tensors ({missing[0]}): download it again")
     rope_parameters(path, fields, shape)
+    _check_formats(path)
 
 
 def read_license(path: Path) -> str:
@@ -175,6 +185,20 @@ def _fill(model: PreTrainedModel, reader: Any, config: Any, interleaved: bool) -
             parameter.copy_(values)
     if parameters:
         raise InputError(f"the GGUF file lacks tensors ({next(iter(parameters))}): download it again")
+
+
+def _check_formats(path: Path) -> None:
+    from gguf.quants import dequantize
+
+    formats = {tensor.tensor_type: tensor for tensor in open_reader(path).tensors}
+    for kind, tensor in formats.items():
+        try:
+            dequantize(tensor.data[:1], kind)
+        except NotImplementedError:
+            raise InputError(
+                f"{path} stores {tensor.name} as {kind.name}, which is not unpacked here: name a file in "
+                "another format (Q8_0, Q4_K_M, BF16 ...)"
+            ) from None
 
 
 def _pairs_to_halves(values: torch.Tensor, heads: int) -> torch.Tensor:

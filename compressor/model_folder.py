@@ -76,7 +76,7 @@ def _check_tokenizer(where: str, folder: Path, config: Mapping[str, Any], shape:
             )
         raise InputError(f"{where} has no tokenizer ({TOKENIZER_FILE}): copy the model folder again")
     outside = [(number, token) for number, token in _tokens(path) if number >= shape.vocab_size]
-    padding = {config.get("pad_token_id"), shape.vocab_size}
+    padding = (config.get("pad_token_id"), shape.vocab_size)
     stranger = next((entry for entry in outside if entry[0] not in padding), None)
     if stranger is not None:
         raise InputError(

@@ -110,6 +110,7 @@ CHANGES: dict[str, tuple[dict[str, Any], str | None]] = {
     "transformers.js": ({"transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}}}, None),
     "another family": ({"model_type": "gemma2"}, r"not LLaMA-like \(it is 'gemma2'\)"),
     "not a number": ({"hidden_size": "many"}, "config.json"),
+    "not a number, read here": ({"sliding_window": "wide"}, "sliding_window is of another form"),
 }
 
 

@@ -145,3 +145,9 @@ def test_a_tensor_of_another_shape_is_refused(tmp_path: Path) -> None:
     path = write_model(tmp_path / "m.gguf", reference("default"), vocabulary(), embedding_length=128)
     with pytest.raises(InputError, match="has shape"):
         models.resolve(str(path))
+
+
+def test_a_key_of_another_form_is_no_bug(tmp_path: Path) -> None:
+    path = write_model(tmp_path / "m.gguf", reference("default"), vocabulary(), rope__scaling__factor="twice")
+    with pytest.raises(InputError, match="has a key of another form"):
+        models.resolve(str(path))
