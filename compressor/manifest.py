@@ -70,6 +70,7 @@ class Architecture(_Record):
     layers: list[int]
     widths: list[int]
     bits: list[int]
+    outer: list[int] = Field(default=[8, 8], description="Bits of the embeddings and of the head")
 
 
 class Manifest(_Record):
@@ -87,7 +88,11 @@ class Manifest(_Record):
     weight_bytes: int
     context_length: int
     divergence_nats: float | None = Field(
-        default=None, description="Mean divergence from the unquantized sub-network, a token"
+        default=None, description="Mean divergence from what its rounded weights say, a token"
+    )
+    rounding_nats: float | None = Field(
+        default=None,
+        description="What rounding the weights itself costs: their divergence from unrounded ones",
     )
     fine_inputs: list[str] = Field(
         default=[], description="Matrices whose inputs are not rounded, to keep the divergence within bounds"

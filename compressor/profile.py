@@ -89,6 +89,7 @@ class Space(_Table):
     depth_fractions: list[Fraction] = Field(default=[0.75, 0.875, 1.0], min_length=1)
     width_fractions: list[Fraction] = Field(default=[0.5, 1.0], min_length=1)
     bits: list[Literal[4, 8]] | None = Field(default=None, min_length=1)  # default: those of the numerics
+    outer_bits: list[Literal[4, 8]] | None = Field(default=None, min_length=1)  # default: those of the layers
 
 
 class Profile(_Table):
@@ -122,22 +123,23 @@ class Profile(_Table):
 
     @model_validator(mode="after")
     def _one_number_of_bits_in_int4(self) -> Profile:
-        if self.numerics == "int4" and set(self.layer_bits) != {4}:
-            raise ValueError(
-                f'numerics = "int4" has every layer in 4 bits, space.bits asks for {self.space.bits}: '
-                'leave space.bits out, or set numerics = "int8"'
-            )
+        for name, asked in (("bits", self.space.bits), ("outer_bits", self.space.outer_bits)):
+            if self.numerics == "int4" and asked and set(asked) != {4}:
+                raise ValueError(
+                    f'numerics = "int4" has every matrix in 4 bits, space.{name} asks for {asked}: '
+                    f'leave space.{name} out, or set numerics = "int8"'
+                )
         return self
-
-    @property
-    def outer_bits(self) -> int:
-        """Of the embeddings and the head, once quantized."""
-        return 4 if self.numerics == "int4" else 8
 
     @property
     def layer_bits(self) -> tuple[int, ...]:
         """That a layer's weights may have, once quantized."""
-        return tuple(self.space.bits or [self.outer_bits])
+        return tuple(self.space.bits or [4 if self.numerics == "int4" else 8])
+
+    @property
+    def outer_bits(self) -> tuple[int, ...]:
+        """That the embeddings and the head may have, once quantized."""
+        return tuple(self.space.outer_bits or self.layer_bits)
 
     def with_overrides(self, **budgets: float | None) -> Profile:
         """The profile with single budgets replaced (``memory_gib``, ``ttft_ms``, ``tpot_ms``).

@@ -63,6 +63,11 @@ class RunFolder:
         self.log = path / LOG_FILE
 
     @property
+    def unpruned(self) -> Weights:
+        """The model as it came."""
+        return Weights(self.base, self.engine / "base")
+
+    @property
     def searched(self) -> Weights:
         """What the search evaluates."""
         return Weights(self.supernet, self.engine / "supernet")
@@ -74,7 +79,9 @@ class RunFolder:
     def weights_of(self, digest: str) -> Weights:
         """The best that there are of a sub-network."""
         tuned = self.tuned_alone(digest)
-        return tuned if tuned.supernet.is_dir() else self.searched
+        if tuned.supernet.is_dir():
+            return tuned
+        return self.unpruned if self._packaged_free() == digest else self.searched
 
     @classmethod
     def create(cls, path: Path, request: Mapping[str, Any]) -> RunFolder:
@@ -172,6 +179,13 @@ class RunFolder:
             raise InputError(
                 f"{self.path} has not finished its {stage} stage: `compress --run {self.path} --resume`"
             ) from None
+
+    def _packaged_free(self) -> str | None:
+        """The digest of what is packaged, where that is the unpruned model itself."""
+        try:
+            return self.result("package").get("free")
+        except InputError:
+            return None
 
     def _marker(self, stage: str) -> Path:
         return self.path / "stages" / f"{stage}.json"

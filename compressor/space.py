@@ -12,7 +12,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -26,10 +26,13 @@ QUANT_BLOCK: Mapping[int, int] = {8: 64, 4: 32}
 """Weights that share one scale along the input dimension, by their bits, in block-quantized formats."""
 SCALE_BYTES = 2
 """A block's scale is stored in fp16."""
+ZERO_POINTS = frozenset({4})
+"""Bits whose blocks have a zero point of as many bits each; the others lie evenly around 0."""
 WIDTH_MULTIPLE = max(QUANT_BLOCK.values())
 
 BYTES_PER_ELEMENT: Mapping[str, float] = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1, "int4": 0.5}
 BITS_NUMERICS: Mapping[int, Numerics] = {8: "int8", 4: "int4"}
+OUTER_8 = (8, 8)
 
 
 @dataclass(frozen=True)
@@ -86,12 +89,14 @@ class SubNetwork:
     """One architecture: the super-network's layers that it keeps, and each one's MLP width and bits.
 
     ``layers`` ascend; ``widths`` (neurons) and ``bits`` (of the layer's weights once quantized) are
-    aligned with them. ``bits`` matter to quantized numerics only.
+    aligned with them. ``outer`` are the bits of the embeddings and of the head, the same where those are
+    tied. Bits matter to quantized numerics only.
     """
 
     layers: tuple[int, ...]
     widths: tuple[int, ...]
     bits: tuple[int, ...] = ()
+    outer: tuple[int, int] = OUTER_8
 
     def __post_init__(self) -> None:
         if not self.bits:
@@ -100,13 +105,27 @@ class SubNetwork:
             raise ValueError("layers, widths and bits differ in length")
 
     @property
+    def embed_bits(self) -> int:
+        return self.outer[0]
+
+    @property
+    def head_bits(self) -> int:
+        return self.outer[1]
+
+    @property
+    def fewest_bits(self) -> int:
+        """Of any of its matrices."""
+        return min((*self.bits, *self.outer))
+
+    @property
     def depth(self) -> int:
         return len(self.layers)
 
     @property
     def digest(self) -> str:
         """Hash of the architecture, the same whichever search space it was found in."""
-        text = json.dumps([self.layers, self.widths, self.bits], separators=(",", ":"))
+        parts = [self.layers, self.widths, self.bits, *([self.outer] if self.outer != OUTER_8 else [])]
+        text = json.dumps(parts, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def to_dict(self) -> dict[str, list[int]]:
@@ -114,7 +133,9 @@ class SubNetwork:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Sequence[int]]) -> SubNetwork:
-        return cls(tuple(data["layers"]), tuple(data["widths"]), tuple(data.get("bits", ())))
+        """What ``to_dict`` gave; 8 bits where an older one names none."""
+        embed, head = data.get("outer") or OUTER_8
+        return cls(tuple(data["layers"]), tuple(data["widths"]), tuple(data.get("bits", ())), (embed, head))
 
 
 @dataclass(frozen=True)
@@ -123,8 +144,10 @@ class SearchSpace:
 
     A genotype is integers: an index into ``depths``, then for each layer of the super-network an
     index into ``widths`` and, only if ``bits`` offers a choice, after all widths one index a layer
-    into ``bits``. ``drop_order`` lists the layers in the order they are dropped, the least important
-    first; a sub-network of depth d lacks the first ``num_layers - d`` of them.
+    into ``bits``; last, only if ``outer_bits`` offers a choice, an index into those for the embeddings
+    and, where it is not tied to them, another for the head. ``drop_order`` lists the layers in the
+    order they are dropped, the least important first; a sub-network of depth d lacks the first
+    ``num_layers - d`` of them.
     """
 
     shape: ModelShape
@@ -132,13 +155,14 @@ class SearchSpace:
     widths: tuple[int, ...]
     drop_order: tuple[int, ...] = ()
     bits: tuple[int, ...] = (8,)
+    outer_bits: tuple[int, ...] = (8,)
     _kept: Mapping[int, tuple[int, ...]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         total = self.shape.num_layers
         if not self.drop_order:
             object.__setattr__(self, "drop_order", tuple(reversed(range(total))))
-        for name in ("depths", "widths", "bits"):
+        for name in ("depths", "widths", "bits", "outer_bits"):
             values = tuple(sorted(set(getattr(self, name))))
             if not values:
                 raise InputError(f"the search space has no {name}: name at least one")
@@ -149,8 +173,9 @@ class SearchSpace:
             raise InputError(
                 f"widths {self.widths} must lie between 1 and the model's {self.shape.intermediate_size}"
             )
-        if not set(self.bits) <= set(BITS_NUMERICS):
-            raise InputError(f"bits {self.bits} must be of {sorted(BITS_NUMERICS)}")
+        for offered in (self.bits, self.outer_bits):
+            if not set(offered) <= set(BITS_NUMERICS):
+                raise InputError(f"bits {offered} must be of {sorted(BITS_NUMERICS)}")
         if sorted(self.drop_order) != list(range(total)):
             raise ValueError("drop_order must name every layer once")
         kept = {d: tuple(sorted(self.drop_order[total - d :])) for d in self.depths}
@@ -164,6 +189,7 @@ class SearchSpace:
         width_fractions: Sequence[float],
         drop_order: tuple[int, ...] = (),
         bits: tuple[int, ...] = (8,),
+        outer_bits: tuple[int, ...] = (8,),
         width_multiple: int = WIDTH_MULTIPLE,
     ) -> SearchSpace:
         """The space of a profile's fractions for this model; widths round to ``width_multiple``."""
@@ -172,14 +198,22 @@ class SearchSpace:
         widths = tuple(
             max(multiple, round(f * shape.intermediate_size / multiple) * multiple) for f in width_fractions
         )
-        return cls(shape, depths, widths, drop_order, bits)
+        return cls(shape, depths, widths, drop_order, bits, outer_bits)
 
     @property
     def choices(self) -> tuple[int, ...]:
         """Number of values of each gene."""
         layers = self.shape.num_layers
         bit_genes = (len(self.bits),) * layers if len(self.bits) > 1 else ()
-        return (len(self.depths), *(len(self.widths),) * layers, *bit_genes)
+        outer_genes = (len(self.outer_bits),) * self.outer_genes
+        return (len(self.depths), *(len(self.widths),) * layers, *bit_genes, *outer_genes)
+
+    @property
+    def outer_genes(self) -> int:
+        """How many genes the bits of embeddings and head take: one, two where they are not tied, or none."""
+        if len(self.outer_bits) == 1:
+            return 0
+        return 1 if self.shape.tie_word_embeddings else 2
 
     @property
     def num_encodings(self) -> int:
@@ -190,7 +224,8 @@ class SearchSpace:
     def num_distinct(self) -> int:
         """Distinct sub-networks: genes of dropped layers do not count."""
         per_layer = len(self.widths) * len(self.bits)
-        return sum(per_layer**depth for depth in self.depths)
+        around: int = len(self.outer_bits) ** self.outer_genes
+        return around * sum(per_layer**depth for depth in self.depths)
 
     def decode(self, genotype: Sequence[int]) -> SubNetwork:
         """The sub-network a genotype names. Raises ``ValueError`` on a gene out of range."""
@@ -202,9 +237,14 @@ class SearchSpace:
         layers = self._kept[self.depths[genes[0]]]
         total = self.shape.num_layers
         widths = tuple(self.widths[genes[1 + i]] for i in layers)
+        outer = (self.outer_bits[0],) * 2
+        if self.outer_genes:
+            chosen = genes[-self.outer_genes :]
+            outer = (self.outer_bits[chosen[0]], self.outer_bits[chosen[-1]])
         if len(self.bits) > 1:
-            return SubNetwork(layers, widths, tuple(self.bits[genes[1 + total + i]] for i in layers))
-        return SubNetwork(layers, widths, self.bits * len(layers))
+            bits = tuple(self.bits[genes[1 + total + i]] for i in layers)
+            return SubNetwork(layers, widths, bits, outer)
+        return SubNetwork(layers, widths, self.bits * len(layers), outer)
 
     def encode(self, subnet: SubNetwork) -> Genotype:
         """The canonical genotype: genes of dropped layers take their largest value.
@@ -218,8 +258,11 @@ class SearchSpace:
         for layer, width, bits in zip(subnet.layers, subnet.widths, subnet.bits, strict=True):
             width_genes[layer] = self.widths.index(width)
             bit_genes[layer] = self.bits.index(bits)
+        if self.shape.tie_word_embeddings and subnet.embed_bits != subnet.head_bits:
+            raise ValueError(f"tied embeddings have the head's bits, not {subnet.outer}")
+        outer_genes = [self.outer_bits.index(bits) for bits in subnet.outer]
         tail = bit_genes if len(self.bits) > 1 else []
-        return (self.depths.index(subnet.depth), *width_genes, *tail)
+        return (self.depths.index(subnet.depth), *width_genes, *tail, *outer_genes[: self.outer_genes])
 
     def canonical(self, genotype: Sequence[int]) -> Genotype:
         """The one genotype that stands for this genotype's architecture."""
@@ -240,24 +283,38 @@ class SearchSpace:
             layers,
             (self.shape.intermediate_size,) * len(layers),
             (self.bits[-1],) * len(layers),
+            (self.outer_bits[-1],) * 2,
+        )
+
+    @property
+    def free(self) -> tuple[SubNetwork, ...]:
+        """What needs neither tuning nor search: the whole model in each number of bits for layers and, no
+        fewer, for embeddings and head; the largest first."""
+        layers = tuple(range(self.shape.num_layers))
+        widths = (self.shape.intermediate_size,) * len(layers)
+        return tuple(
+            SubNetwork(layers, widths, (bits,) * len(layers), (outer, outer))
+            for bits in reversed(self.bits)
+            for outer in reversed(self.outer_bits)
+            if outer >= bits or len(self.outer_bits) == 1
         )
 
     @property
     def largest(self) -> SubNetwork:
-        return self.uniform(self.depths[-1], self.widths[-1], self.bits[-1])
+        return self.uniform(self.depths[-1], self.widths[-1], self.bits[-1], self.outer_bits[-1])
 
     @property
     def smallest(self) -> SubNetwork:
-        return self.uniform(self.depths[0], self.widths[0], self.bits[0])
+        return self.uniform(self.depths[0], self.widths[0], self.bits[0], self.outer_bits[0])
 
-    def uniform(self, depth: int, width: int, bits: int = 8) -> SubNetwork:
-        """The sub-network with one width and one number of bits throughout."""
+    def uniform(self, depth: int, width: int, bits: int = 8, outer: int = 8) -> SubNetwork:
+        """The sub-network with one width, and one number of bits in its layers and one around them."""
         layers = self._kept[depth]
-        return SubNetwork(layers, (width,) * depth, (bits,) * depth)
+        return SubNetwork(layers, (width,) * depth, (bits,) * depth, (outer, outer))
 
     def uniform_subnetworks(self) -> Iterator[SubNetwork]:
-        for depth, width, bits in itertools.product(self.depths, self.widths, self.bits):
-            yield self.uniform(depth, width, bits)
+        for choice in itertools.product(self.depths, self.widths, self.bits, self.outer_bits):
+            yield self.uniform(*choice)
 
     def sample(self, rng: np.random.Generator) -> SubNetwork:
         """A sub-network drawn uniformly in genes."""
@@ -270,6 +327,7 @@ class SearchSpace:
             "widths": list(self.widths),
             "drop_order": list(self.drop_order),
             "bits": list(self.bits),
+            "outer_bits": list(self.outer_bits),
         }
 
     @classmethod
@@ -280,6 +338,7 @@ class SearchSpace:
             tuple(data["widths"]),
             tuple(data["drop_order"]),
             tuple(data["bits"]),
+            tuple(data.get("outer_bits", (8,))),
         )
 
 
@@ -297,23 +356,29 @@ def parameter_count(shape: ModelShape, subnet: SubNetwork) -> int:
 def weight_bytes(shape: ModelShape, subnet: SubNetwork, numerics: Numerics) -> int:
     """Exact bytes of the weights in the given numerics.
 
-    ``int8`` and ``int4`` are block-quantized: symmetric blocks of ``QUANT_BLOCK`` inputs, one fp16
-    scale a block, norms and biases in fp32. Under ``int8`` each layer has its own ``subnet.bits``;
-    under ``int4`` every layer has 4. Embedding and head have 8 bits (``int4``: 4) and, if tied,
-    are stored once.
+    ``int8`` and ``int4`` are block-quantized: blocks of ``QUANT_BLOCK`` inputs, one fp16 scale a block
+    and, for ``ZERO_POINTS`` bits, a zero point; norms and biases in fp32. Under ``int8`` each layer has
+    its own ``subnet.bits`` and embeddings and head ``subnet.outer``; under ``int4`` all have 4. Tied
+    embeddings are stored once.
     """
     if numerics not in ("int8", "int4"):
         return int(parameter_count(shape, subnet) * BYTES_PER_ELEMENT[numerics])
-    embedding_bits = 8 if numerics == "int8" else 4
+    served = in_numerics(subnet, numerics)
     total = 4 * shape.hidden_size
-    copies = 1 if shape.tie_word_embeddings else 2
-    total += copies * _quantized_bytes(shape.vocab_size, shape.hidden_size, embedding_bits)
-    for (width, bits), layers in Counter(zip(subnet.widths, subnet.bits, strict=True)).items():
-        layer_bits = bits if numerics == "int8" else 4
+    for bits in served.outer[: 1 if shape.tie_word_embeddings else 2]:
+        total += _quantized_bytes(shape.vocab_size, shape.hidden_size, bits)
+    for (width, bits), layers in Counter(zip(served.widths, served.bits, strict=True)).items():
         matrices = (*shape.attention_matrices(), *shape.mlp_matrices(width))
-        quantized = sum(_quantized_bytes(n, k, layer_bits) for n, k in matrices)
+        quantized = sum(_quantized_bytes(n, k, bits) for n, k in matrices)
         total += layers * (quantized + 4 * shape.layer_vectors(width))
     return total
+
+
+def in_numerics(subnet: SubNetwork, numerics: Numerics) -> SubNetwork:
+    """The sub-network with the bits that it is served in: 4 everywhere under ``int4``, else its own."""
+    if numerics != "int4":
+        return subnet
+    return replace(subnet, bits=(4,) * subnet.depth, outer=(4, 4))
 
 
 def kv_cache_bytes(
@@ -337,4 +402,6 @@ def flops_per_token(shape: ModelShape, subnet: SubNetwork, context: int = 0) -> 
 
 def _quantized_bytes(n: int, k: int, bits: int) -> int:
     block = QUANT_BLOCK[bits]
-    return n * -(-k // block) * (block * bits // 8 + SCALE_BYTES)
+    blocks = -(-k // block)
+    zero_points = -(-blocks * bits // 8) if bits in ZERO_POINTS else 0
+    return n * (blocks * (block * bits // 8 + SCALE_BYTES) + zero_points)

@@ -224,7 +224,12 @@ def test_what_is_written_is_read(budget: float, ttft: float, tpot: float, prompt
 
 @pytest.mark.parametrize(
     ("numerics", "bits", "layers", "outer"),
-    [("int8", "", (8,), 8), ("int4", "", (4,), 4), ("int8", "bits = [4, 8]", (4, 8), 8)],
+    [
+        ("int8", "", (8,), (8,)),
+        ("int4", "", (4,), (4,)),
+        ("int8", "bits = [4, 8]", (4, 8), (4, 8)),
+        ("int8", "bits = [4, 8]\nouter_bits = [8]", (4, 8), (8,)),
+    ],
 )
 def test_bits_follow_the_numerics_unless_they_are_given(
     numerics: str, bits: str, layers: tuple[int, ...], outer: int

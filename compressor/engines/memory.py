@@ -21,6 +21,7 @@ from compressor.space import (
     ModelShape,
     Numerics,
     SubNetwork,
+    in_numerics,
     kv_cache_bytes,
     weight_bytes,
 )
@@ -54,7 +55,9 @@ def required_memory_bytes(
     weights = weight_bytes(shape, subnet, numerics)
     if quantized:
         weights += (
-            rope_bytes(shape) + _packing_bytes(shape, subnet, numerics) + _embedding_bytes(shape, numerics)
+            rope_bytes(shape)
+            + _packing_bytes(shape, in_numerics(subnet, numerics))
+            + _embedding_bytes(shape, in_numerics(subnet, numerics))
         )
     tokens = workload.prompt_tokens + workload.output_tokens
     kept = 1 if workload.kv_cache == "int8" else element
@@ -138,20 +141,19 @@ def _vllm_memory(
     )
 
 
-def _packing_bytes(shape: ModelShape, subnet: SubNetwork, numerics: Numerics) -> int:
-    few = numerics == "int4"
-    matrices = [(shape.vocab_size, shape.hidden_size, 4 if few else 8)]
+def _packing_bytes(shape: ModelShape, subnet: SubNetwork) -> int:
+    matrices = [(shape.vocab_size, shape.hidden_size, subnet.head_bits)]
     for width, bits in zip(subnet.widths, subnet.bits, strict=True):
         of_layer = (*shape.attention_matrices(), *shape.mlp_matrices(width))
-        matrices += [(n, k, 4 if few else bits) for n, k in of_layer]
+        matrices += [(n, k, bits) for n, k in of_layer]
     return int(sum(n * -(-k // QUANT_BLOCK[bits]) * _PACKING_BYTES[bits] for n, k, bits in matrices))
 
 
-def _embedding_bytes(shape: ModelShape, numerics: Numerics) -> int:
+def _embedding_bytes(shape: ModelShape, subnet: SubNetwork) -> int:
     """The tied embedding, read in place beside its packed twin, the head; 0 where it is no twin."""
     if not shape.tie_word_embeddings:
         return 0
-    bits = 4 if numerics == "int4" else 8
+    bits = subnet.embed_bits
     block = QUANT_BLOCK[bits]
     return shape.vocab_size * shape.hidden_size // block * (block * bits // 8 + 4)
 

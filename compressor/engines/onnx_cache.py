@@ -8,7 +8,7 @@ import numpy as np
 
 from compressor.engines.onnx_graph import build_graph
 from compressor.engines.onnx_session import Decoder, open_session
-from compressor.engines.onnx_store import Export
+from compressor.engines.onnx_store import UNQUANTIZED, Export
 from compressor.errors import PackageError
 from compressor.int8_cache import SCALES_FILE, CacheScales
 from compressor.space import Numerics, SubNetwork
@@ -39,8 +39,11 @@ def cache_scales(export: Export, threads: int | None = None) -> CacheScales:
 
 def _calibrated(export: Export, threads: int | None) -> CacheScales:
     shape = export.shape
-    whole = SubNetwork(tuple(range(shape.num_layers)), (shape.intermediate_size,) * shape.num_layers)
-    numerics: Numerics = "int8" if 8 in export.bits else "int4" if 4 in export.bits else "bf16"
+    layers = tuple(range(shape.num_layers))
+    most = max((bits for bits in export.bits if bits != UNQUANTIZED), default=8)
+    widths = (shape.intermediate_size,) * len(layers)
+    whole = SubNetwork(layers, widths, (most,) * len(layers), (most, most))
+    numerics: Numerics = "bf16" if set(export.bits) == {UNQUANTIZED} else "int8"
     graph = build_graph(shape, export.constants, export.tensors(whole, numerics))
     tokens = min(CALIBRATION_TOKENS, export.constants.context_length)
     session = open_session(graph, export.folder, threads)

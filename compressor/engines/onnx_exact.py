@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from compressor.space import QUANT_BLOCK, ModelShape, SubNetwork
 
 TARGET_NATS = 0.02
-"""Mean divergence from the unquantized sub-network, nats a token, that an 8-bit package may have."""
+"""Mean divergence, nats a token, that a package may have from what its rounded weights say."""
 PARTS = 4
 """Layers are tried in so many consecutive parts, for each kind of matrix."""
 
@@ -25,10 +25,12 @@ Divergence = Callable[[Sequence[str]], float]
 
 @dataclass(frozen=True)
 class Exactness:
-    """Matrices that read their inputs in two passes, and the mean divergence that is left, nats a token."""
+    """Matrices that read their inputs in two passes, and the mean divergence that is left, nats a token:
+    from what the rounded weights say; ``rounding_nats`` is theirs from what unrounded ones say."""
 
     fine_inputs: tuple[str, ...]
     divergence_nats: float
+    rounding_nats: float = 0.0
 
 
 def choose_exactness(
@@ -36,11 +38,10 @@ def choose_exactness(
 ) -> Exactness:
     """The cheapest choice within ``target``; nothing is chosen where none suffices.
 
-    Where one pass is enough that is one call of ``divergence``, else up to two dozen. Where layers have 4
-    bits it is one call too: what the rounding of their weights costs cannot be undone here.
+    Where one pass is enough that is one call of ``divergence``, else up to two dozen.
     """
     plain = Exactness((), divergence(()))
-    if plain.divergence_nats <= target or min(subnet.bits) < 8:
+    if plain.divergence_nats <= target:
         return plain
     sizes = _groups(shape, subnet)
     everything = Exactness(_names(list(sizes)), divergence(_names(list(sizes))))
@@ -81,7 +82,7 @@ def _groups(shape: ModelShape, subnet: SubNetwork) -> Mapping[Group, int]:
             (("gate", "up"), lambda width: shape.mlp_matrices(width)[:2]),
             (("down",), lambda width: shape.mlp_matrices(width)[2:]),
         ):
-            whole = [i for i in part if matrices(subnet.widths[i])[0][1] % QUANT_BLOCK[8] == 0]
+            whole = [i for i in part if matrices(subnet.widths[i])[0][1] % QUANT_BLOCK[subnet.bits[i]] == 0]
             if whole:
                 group = tuple(f"layers.{i}.{name}" for i in whole for name in names)
                 found[group] = sum(n * k for i in whole for n, k in matrices(subnet.widths[i]))

@@ -27,11 +27,12 @@ from compressor.engines.onnx_store import (
     TensorFile,
     open_export,
 )
-from compressor.engines.quantize import quantize
+from compressor.engines.quantize import Quantized
+from compressor.engines.rounding import EMBED, Rounding, head_module, rounding_file
 from compressor.engines.source import Source
 from compressor.errors import InputError, PackageError
 from compressor.events import Listener, StageProgress, ignore
-from compressor.space import WIDTH_MULTIPLE, ModelShape
+from compressor.space import WIDTH_MULTIPLE
 
 STAGE = "export"
 SOURCE_SUFFIXES = (".json", ".jinja", ".txt", ".model")
@@ -42,6 +43,8 @@ def export(
     source: Path, out: Path, bits: Sequence[int] = (8,), listener: Listener = ignore, replace: bool = False
 ) -> Export:
     """Quantize a Hugging Face folder into ``out``, and open the result.
+
+    Matrices are rounded as ``Rounding`` keeps it beside the weights, to the nearest where it doesn't.
 
     A finished export of the same weights and bits is reused; one of others is an ``InputError``
     unless ``replace``. ``out`` is whole or absent.
@@ -68,7 +71,7 @@ def export(
 
 
 def _write(source: Path, out: Path, bits: tuple[int, ...], weights_hash: str, listener: Listener) -> None:
-    weights = Source(source)
+    weights, rounding = Source(source), Rounding.load(source)
     shape = weights.shape
     if shape.hidden_size % WIDTH_MULTIPLE:
         raise InputError(f"{source}: hidden size {shape.hidden_size} is no multiple of {WIDTH_MULTIPLE}")
@@ -78,48 +81,60 @@ def _write(source: Path, out: Path, bits: tuple[int, ...], weights_hash: str, li
         file.add("inverse_frequencies", inverse_frequencies)
         file.add("norm", _float(weights.read("model.norm.weight")))
         for layer in range(shape.num_layers):
-            _add_layer(file, weights, layer, shape, bits)
+            _add_layer(file, weights, rounding, layer, bits)
             listener(StageProgress(STAGE, layer + 1, shape.num_layers + 1))
         tied = shape.tie_word_embeddings
-        _add_matrix(
-            file, "head", weights.read("model.embed_tokens.weight" if tied else "lm_head.weight"), bits
-        )
+        _add_matrix(file, "head", weights, rounding, [head_module(tied)], bits)
         if not tied:
-            _add_matrix(file, "embed", weights.read("model.embed_tokens.weight"), bits)
+            _add_matrix(file, "embed", weights, rounding, [EMBED], bits)
         listener(StageProgress(STAGE, shape.num_layers + 1, shape.num_layers + 1))
     _copy_source(source, out / SOURCE_FOLDER)
     Export(out, shape, _constants(config, rope_scale), file.table, bits, weights_hash).save()
 
 
 def _add_layer(
-    file: TensorFile, weights: Source, layer: int, shape: ModelShape, bits: tuple[int, ...]
+    file: TensorFile, weights: Source, rounding: Rounding, layer: int, bits: tuple[int, ...]
 ) -> None:
-    source, target = f"model.layers.{layer}.", f"layers.{layer}."
+    shape, source, target = weights.shape, f"model.layers.{layer}.", f"layers.{layer}."
     file.add(f"{target}input_norm", _float(weights.read(f"{source}input_layernorm.weight")))
     file.add(f"{target}post_norm", _float(weights.read(f"{source}post_attention_layernorm.weight")))
     if shape.qk_norm:
         for head in ("q", "k"):
             file.add(f"{target}{head}_norm", _float(weights.read(f"{source}self_attn.{head}_norm.weight")))
     attention = [f"{source}self_attn.{part}_proj" for part in ("q", "k", "v")]
-    _add_matrix(file, f"{target}qkv", torch.cat([weights.read(f"{name}.weight") for name in attention]), bits)
+    _add_matrix(file, f"{target}qkv", weights, rounding, attention, bits)
     if shape.qkv_bias:
         biases = [_float(weights.read(f"{name}.bias")) for name in attention]
         file.add(f"{target}qkv_bias", np.concatenate(biases))
     rest = {"o": "self_attn.o_proj", "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"}
     for name, module in rest.items():
-        _add_matrix(file, f"{target}{name}", weights.read(f"{source}{module}.weight"), bits)
+        _add_matrix(file, f"{target}{name}", weights, rounding, [f"{source}{module}"], bits)
         if f"{source}{module}.bias" in weights:
             file.add(f"{target}{name}_bias", _float(weights.read(f"{source}{module}.bias")))
 
 
-def _add_matrix(file: TensorFile, name: str, weight: torch.Tensor, bits: tuple[int, ...]) -> None:
+def _add_matrix(
+    file: TensorFile,
+    name: str,
+    weights: Source,
+    rounding: Rounding,
+    modules: Sequence[str],
+    bits: tuple[int, ...],
+) -> None:
+    """The matrices of ``modules``, which read the same inputs, one below the other."""
+    parts = [weights.read(f"{module}.weight") for module in modules]
     for width in bits:
         if width == UNQUANTIZED:
-            file.add(f"{name}.{width}.weight", weight.bfloat16().contiguous().view(torch.uint16).numpy())
+            whole = torch.cat(parts).bfloat16().contiguous()
+            file.add(f"{name}.{width}.weight", whole.view(torch.uint16).numpy())
             continue
-        integers, scales = quantize(weight, width)
-        file.add(f"{name}.{width}.weight", integers.numpy())
-        file.add(f"{name}.{width}.scales", scales.numpy())
+        matrix = Quantized.stacked(
+            [rounding.of(module, part, width) for module, part in zip(modules, parts, strict=True)]
+        )
+        file.add(f"{name}.{width}.weight", matrix.integers.numpy())
+        file.add(f"{name}.{width}.scales", matrix.scales.numpy())
+        if matrix.zeros is not None:
+            file.add(f"{name}.{width}.zeros", matrix.zeros.numpy())
 
 
 def _rope(config: PretrainedConfig) -> tuple[npt.NDArray[np.float32], float]:
@@ -148,12 +163,13 @@ def _copy_source(source: Path, out: Path) -> None:
 
 
 def _hash_of(source: Path) -> str:
-    """Hash of the folder's config and weight bytes."""
+    """Hash of the folder's config, weight bytes and how they are rounded."""
     digest = hashlib.sha256()
     shards = sorted(source.glob("*.safetensors"))
     if not shards:
         raise InputError(f"{source} holds no safetensors weights: give a Hugging Face folder")
-    for path in (source / "config.json", *shards):
+    rounding = [path for path in (rounding_file(source),) if path.is_file()]
+    for path in (source / "config.json", *shards, *rounding):
         digest.update(path.name.encode())
         with path.open("rb") as stream:
             while chunk := stream.read(1 << 22):

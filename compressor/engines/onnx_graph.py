@@ -75,7 +75,8 @@ class _Graph:
             "block_size": QUANT_BLOCK[bits],
             "accuracy_level": self.accuracy_level,
         }
-        operands = [weight, self.scales(stem)]
+        zeros = f"{stem}.zeros"
+        operands = [weight, self.scales(stem), *([zeros] if zeros in self.tensors else [])]
         if stem in self.fine_inputs:
             if inputs % QUANT_BLOCK[bits]:
                 raise ValueError(
@@ -85,7 +86,7 @@ class _Graph:
             passes = self.add("MatMulNBits", [rows, *operands], f"{output}.passes", **attributes)
             return self._sum_of_passes(passes, bias if bias in self.tensors else "", output)
         if bias in self.tensors:
-            operands += ["", "", bias]
+            operands += [""] * (4 - len(operands)) + [bias]
         return self.add("MatMulNBits", [x, *operands], output, **attributes)
 
     def _coarse_and_rest(self, x: str, block: int) -> str:
@@ -192,9 +193,10 @@ def _add_embedding(graph: _Graph) -> str:
     if "embed.scales" not in graph.tensors:
         return graph.add("Gather", [graph.widened("embed.weight"), "input_ids"], "embedded", "", axis=0)
     bits = graph.tensors["embed.weight"].dims[1] * 8 // graph.shape.hidden_size
+    zeros = ["embed.zeros"] if "embed.zeros" in graph.tensors else []
     return graph.add(
         "GatherBlockQuantized",
-        ["embed.weight", "input_ids", graph.scales("embed")],
+        ["embed.weight", "input_ids", graph.scales("embed"), *zeros],
         "embedded",
         bits=bits,
         block_size=QUANT_BLOCK[bits],

@@ -25,13 +25,13 @@ import numpy as np
 import numpy.typing as npt
 
 from compressor.errors import InputError, PackageError
-from compressor.space import QUANT_BLOCK, ModelShape, Numerics, SubNetwork
+from compressor.space import QUANT_BLOCK, ModelShape, Numerics, SubNetwork, in_numerics
 
 ALIGNMENT = 64
 WEIGHTS_FILE = "weights.bin"
 INDEX_FILE = "export.json"
 SOURCE_FOLDER = "source"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 DTYPES: Mapping[str, type[np.generic]] = {
     "uint8": np.uint8,
     "uint16": np.uint16,
@@ -127,17 +127,16 @@ class Export:
         Raises ``InputError`` for bits that were not exported or layers the model lacks, ``PackageError``
         where the disk refuses the cut of a width that was not asked for before.
         """
-        outer = {"int4": 4, "int8": 8}.get(numerics, UNQUANTIZED)
-        self._require_bits({outer, *self._layer_bits(subnet, numerics)})
+        embed, head = self._outer_bits(subnet, numerics)
+        self._require_bits({embed, head, *self._layer_bits(subnet, numerics)})
+        tied = self.shape.tie_word_embeddings
         table = {
             "norm": self._table["norm"],
             "inverse_frequencies": self._table["inverse_frequencies"],
-            **_matrix(self._table, f"head.{outer}", "head"),
-            **_matrix(
-                self._table, f"{'head' if self.shape.tie_word_embeddings else 'embed'}.{outer}", "embed"
-            ),
+            **_matrix(self._table, f"head.{head}", "head"),
+            **_matrix(self._table, f"head.{head}" if tied else f"embed.{embed}", "embed"),
         }
-        if outer != UNQUANTIZED:
+        if numerics != "bf16":
             rows = table["embed.weight"]
             table["embed.weight"] = rows.reshaped(rows.dims[0], rows.bytes // rows.dims[0])
         for position, (layer, width, bits) in enumerate(
@@ -178,8 +177,12 @@ class Export:
             raise InputError(
                 f"{self.folder} has {self.shape.num_layers} layers: {subnet.layers} does not fit"
             )
-        everywhere = {"int4": 4, "bf16": UNQUANTIZED}.get(numerics)
-        return (everywhere,) * subnet.depth if everywhere else subnet.bits
+        return (UNQUANTIZED,) * subnet.depth if numerics == "bf16" else in_numerics(subnet, numerics).bits
+
+    @staticmethod
+    def _outer_bits(subnet: SubNetwork, numerics: Numerics) -> tuple[int, int]:
+        """Of the embeddings and of the head."""
+        return (UNQUANTIZED, UNQUANTIZED) if numerics == "bf16" else in_numerics(subnet, numerics).outer
 
     def _require_bits(self, wanted: set[int]) -> None:
         if missing := sorted(wanted - set(self.bits)):
@@ -210,6 +213,23 @@ class Export:
             self._down[width] = _table_from_json(json.loads(index.read_text(encoding="utf-8")))
         return self._down[width]
 
+    def _cut_columns(self, role: str, ref: TensorRef, width: int) -> npt.NDArray[Any]:
+        """The first ``width`` columns of the tensor ``layers.LAYER.down.BITS.PART``, in whole blocks."""
+        stem, part = role.rsplit(".", 1)
+        bits, values = int(stem.rsplit(".", 1)[1]), self.read(ref)
+        if bits == UNQUANTIZED:
+            return values[:, :width]
+        block = QUANT_BLOCK[bits]
+        blocks = -(-width // block)
+        if part == "zeros":
+            return values[:, : -(-blocks * bits // 8)]
+        if part == "scales" or width % block == 0:
+            return values[:, :blocks]
+        kept = np.array(values[:, :blocks])
+        zeros = self._table.get(f"{stem}.zeros")
+        _fill_tail(kept, width, bits, None if zeros is None else self.read(zeros))
+        return kept
+
     def _cut_down(self, width: int, index: Path) -> None:
         name = f"down-{width}.bin"
         partial, partial_index = (self.folder / f"{part}.tmp{os.getpid()}" for part in (name, index.name))
@@ -217,7 +237,7 @@ class Export:
             with TensorFile(partial) as file:
                 for role, ref in self._table.items():
                     if ".down." in role:
-                        file.add(role, _cut_columns(self.read(ref), role, width))
+                        file.add(role, self._cut_columns(role, ref, width))
             table = {role: asdict(replace(ref, file=name)) for role, ref in file.table.items()}
             partial_index.write_text(json.dumps(table), encoding="utf-8")
             partial.replace(self.folder / name)
@@ -232,29 +252,25 @@ class Export:
 
 
 def _matrix(table: Mapping[str, TensorRef], name: str, role: str) -> dict[str, TensorRef]:
-    """A matrix's weight, and its scales if it is quantized, under its role in a graph."""
-    parts = (part for part in ("weight", "scales") if f"{name}.{part}" in table)
+    """A matrix's weight and, if it is quantized, its scales and zero points, under its role in a graph."""
+    parts = (part for part in ("weight", "scales", "zeros") if f"{name}.{part}" in table)
     return {f"{role}.{part}": table[f"{name}.{part}"] for part in parts}
 
 
-def _cut_columns(values: npt.NDArray[Any], name: str, width: int) -> npt.NDArray[Any]:
-    """The first ``width`` columns of the tensor ``layers.LAYER.down.BITS.PART``, in whole blocks."""
-    _, _, _, bits, part = name.split(".")
-    if int(bits) == UNQUANTIZED:
-        return values[:, :width]
-    kept = values[:, : -(-width // QUANT_BLOCK[int(bits)])]
-    return _without_tail(kept, width, int(bits)) if part == "weight" else kept
-
-
-def _without_tail(integers: npt.NDArray[Any], width: int, bits: int) -> npt.NDArray[Any]:
-    """Integers [N, blocks, bytes] with zeros for the columns from ``width`` to the last block's end."""
+def _fill_tail(integers: npt.NDArray[Any], width: int, bits: int, zeros: npt.NDArray[Any] | None) -> None:
+    """Set the columns from ``width`` to the end of the last block, integers [N, blocks, bytes], to 0."""
     a_byte = 8 // bits
-    rows = np.array(integers).reshape(len(integers), -1)
-    first = -(-width // a_byte)
-    rows[:, first:] = 0x88 if bits == 4 else 0x80
-    if width % a_byte:
-        rows[:, first - 1] = rows[:, first - 1] & 0x0F | 0x80
-    return rows.reshape(integers.shape)
+    last = integers[:, -1]
+    zero: Any = 2 ** (bits - 1)
+    if zeros is not None:
+        place = integers.shape[1] - 1
+        zero = (zeros[:, place // a_byte] >> (bits * (place % a_byte))) & (2**bits - 1)
+    filled = np.asarray(zero * (0x11 if bits == 4 else 1), np.uint8)[..., None]
+    kept = width - (integers.shape[1] - 1) * last.shape[1] * a_byte
+    first = -(-kept // a_byte)
+    last[:, first:] = filled
+    if kept % a_byte:
+        last[:, first - 1 : first] = (last[:, first - 1 : first] & 0x0F) | (filled & 0xF0)
 
 
 def open_export(folder: Path) -> Export:

@@ -17,13 +17,12 @@ from compressor.engines.onnx_session import Decoder, open_session
 from compressor.errors import CompressorError, PackageError, UnfitMachineError
 from compressor.int8_cache import SCALES_FILE, CacheScales, keep_in_int8
 from compressor.manifest import CacheNumerics, Manifest
-from compressor.space import ModelShape, Numerics, SubNetwork
+from compressor.space import ModelShape, Numerics
 
-KL_BOUND: dict[int, float] = {8: 0.1, 4: 2.0}
-"""Mean divergence from the unquantized sub-network, nats a token, that tells a wrong artefact from a
-rounded one, by the fewest bits of any layer. Rounding costs 0.004 in the whole starter and 0.07 in
-one cut to half its size untuned (8 bits), 0.4 and 1.1 in 4 bits; a wrong slice costs several. How near
-a package is brought is for ``onnx_exact`` to say."""
+KL_BOUND = 0.1
+"""Mean divergence, nats a token, from what a package's rounded weights say that tells a wrong artefact from
+one whose inputs are rounded: those cost 0.004 in the whole starter and 0.07 in one cut to half its size
+untuned; a wrong slice costs several. How near a package is brought is for ``onnx_exact`` to say."""
 
 PROMPTS = ("The capital of France is", "def add(a, b):", "Once upon a time")
 CONTINUATION_TOKENS = 12
@@ -36,28 +35,20 @@ def mean_kl(reference: npt.NDArray[np.float32], candidate: npt.NDArray[np.float3
 
 
 def check_logits(
-    reference: npt.NDArray[np.float32],
-    candidate: npt.NDArray[np.float32],
-    numerics: Numerics,
-    subnet: SubNetwork | None = None,
+    reference: npt.NDArray[np.float32], candidate: npt.NDArray[np.float32], numerics: Numerics
 ) -> float:
-    """The mean divergence, if it is within ``KL_BOUND`` for these numerics. Raises ``PackageError``.
-
-    ``subnet`` tells whether some layers have 4 bits although ``numerics`` is ``int8``.
-    """
+    """The mean divergence, if it is within ``KL_BOUND``. Raises ``PackageError``."""
     divergence = mean_kl(reference, candidate)
-    check_divergence(divergence, numerics, subnet)
+    check_divergence(divergence, numerics)
     return divergence
 
 
-def check_divergence(divergence: float, numerics: Numerics, subnet: SubNetwork | None = None) -> None:
+def check_divergence(divergence: float, numerics: Numerics) -> None:
     """Raise ``PackageError`` for a mean divergence, nats a token, beyond ``KL_BOUND``."""
-    few_bits = numerics == "int4" or (subnet is not None and min(subnet.bits) == 4)
-    bound = KL_BOUND[4 if few_bits else 8]
-    if not divergence <= bound:
+    if not divergence <= KL_BOUND:
         raise PackageError(
-            f"the {numerics} package's predictions differ from the sub-network's by {divergence:.3f} nats a "
-            f"token, more than {bound}: use 8 bits for more layers, or report this as a bug"
+            f"the {numerics} package's predictions differ from its weights' by {divergence:.3f} nats a "
+            f"token, more than {KL_BOUND}: use 8 bits for more layers, or report this as a bug"
         )
 
 

@@ -1,8 +1,8 @@
 """Predicting TTFT and TPOT from a handful of measurements, with a stated error.
 
-A step's time is a sum over layers, so it is linear in five figures of a sub-network: one, its layers
-and its neurons, the latter two counted apart for 8 and for 4 bits. The coefficients are times and so
-are not negative. Fitted by non-negative least squares on relative errors.
+A step's time is a sum over layers, so it is linear in three figures of a sub-network: its heads (one),
+its layers and its neurons, each counted apart for 8 and for 4 bits. The coefficients are times and so are
+not negative. Fitted by non-negative least squares on relative errors.
 """
 
 from __future__ import annotations
@@ -19,6 +19,10 @@ from compressor.space import SearchSpace, SubNetwork
 MIN_MEASUREMENTS = 4
 SPARE_MEASUREMENTS = 3
 """Measurements of a panel beyond the coefficients that it has to tell, so that its error can be stated."""
+
+_HEAD = {8: 0, 4: 5}
+_LAYERS = {8: 1, 4: 3}
+"""Where the figures of a head, and of layers, with so many bits stand; a layer's neurons follow it."""
 
 Array = npt.NDArray[np.float64]
 
@@ -59,14 +63,16 @@ class SpeedModel:
         estimate = self.predict(subnet)
         return estimate.lucky_ttft_ms > ttft_ms or estimate.lucky_tpot_ms > tpot_ms
 
-    def least(self, subnet: SubNetwork, bits: Sequence[int]) -> SpeedEstimate:
-        """The estimate with every layer in whichever of ``bits`` is fastest for it.
+    def least(
+        self, subnet: SubNetwork, bits: Sequence[int], outer_bits: Sequence[int] = (8,)
+    ) -> SpeedEstimate:
+        """The estimate with every layer in whichever of ``bits`` is fastest for it, the head likewise.
 
         Never above ``predict`` of the same layers and widths in those bits, and it grows with layers and
         neurons alone, as an exact constraint of a search must.
         """
         ttft, tpot = (
-            times[0]
+            min(times[_HEAD[choice]] for choice in outer_bits)
             + sum(min(_layer_time(times, width, choice) for choice in bits) for width in subnet.widths)
             for times in (self.ttft, self.tpot)
         )
@@ -74,7 +80,7 @@ class SpeedModel:
 
 
 def panel(space: SearchSpace, allows: Callable[[SubNetwork], bool] = lambda _: True) -> list[SubNetwork]:
-    """Six sub-networks (eight where bits differ) that tell every coefficient, of uniform width, if allowed.
+    """Six sub-networks (nine where bits differ) that tell every coefficient, of uniform width, if allowed.
 
     The smallest first, then each time the one that adds most to what the others tell: the determinant
     of the information matrix (D-optimal design, greedily).
@@ -111,14 +117,17 @@ def fit_speed(
 
 
 def _layer_time(coefficients: Sequence[float], width: int, bits: int) -> float:
-    place = 1 if bits == 8 else 3
+    place = _LAYERS[bits]
     return coefficients[place] + coefficients[place + 1] * width
 
 
 def _features(subnet: SubNetwork) -> Array:
-    eight = [width for width, bits in zip(subnet.widths, subnet.bits, strict=True) if bits == 8]
-    four = [width for width, bits in zip(subnet.widths, subnet.bits, strict=True) if bits == 4]
-    return np.array([1.0, len(eight), sum(eight), len(four), sum(four)])
+    row = np.zeros(len(_HEAD) + 2 * len(_LAYERS))
+    row[_HEAD[subnet.head_bits]] = 1.0
+    for width, bits in zip(subnet.widths, subnet.bits, strict=True):
+        row[_LAYERS[bits]] += 1
+        row[_LAYERS[bits] + 1] += width
+    return row
 
 
 def _fit(rows: Array, values: Array) -> Array:

@@ -60,7 +60,7 @@ class SharedLayers:
         if subnet is None or model is not self._model:
             return None
         architecture = tuple(zip(subnet.layers, subnet.widths, subnet.bits, strict=True))
-        question = _digest(steps)
+        question = f"{_digest(steps)} embedded in {subnet.embed_bits} bits"
         known = next(
             (n for n in range(len(architecture) - 1, 0, -1) if (question, architecture[:n]) in self._kept), 0
         )

@@ -39,6 +39,12 @@ class Terms:
     engine: EngineName
     workload: Workload
     racing: bool = False
+    free: bool = False
+    """Whether ``weights`` are the unpruned model's own."""
+
+    def of_unpruned(self, weights: str) -> Terms:
+        """The same terms for the unpruned model's own weights; nothing that is free is stopped by a race."""
+        return replace(self, weights=weights, racing=False, free=True)
 
     def accuracy_key(self, subnet: SubNetwork) -> Key:
         return Key(subnet.digest, self.weights, self.task_key, self.score_numerics)
@@ -77,7 +83,7 @@ class Terms:
         for row in rows:
             values.update(row.metrics)
         status: Status = next((row.status for row in rows if row.status != "ok"), "ok")
-        return Outcome(subnet, values, status)
+        return Outcome(subnet, values, status, self.free)
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(replace(self, workload=None)), "workload": self.workload.model_dump()}  # type: ignore[arg-type]
@@ -122,14 +128,15 @@ def speed_rows(ledger: Ledger, terms: Terms, task: str) -> list[Row]:
     )
 
 
-def paired_ties(ledger: Ledger, terms: Terms) -> Tied:
-    """Ties by the items both were scored on: the 95% interval of the paired difference reaches 0.
+def paired_ties(ledger: Ledger, terms: Callable[[Outcome], Terms]) -> Tied:
+    """Ties by the items both were scored on, each on its ``terms``: the 95% interval of the paired difference
+    reaches 0.
 
     Sub-networks are scored on the same items, so their difference is known far better than either.
     """
 
     def tied(one: Outcome, best: Outcome) -> bool:
-        rows = [ledger.get(terms.accuracy_key(outcome.subnet)) for outcome in (best, one)]
+        rows = [ledger.get(terms(outcome).accuracy_key(outcome.subnet)) for outcome in (best, one)]
         items = [row.items for row in rows if row is not None and row.items is not None]
         if len(items) < 2:
             return False

@@ -43,6 +43,7 @@ def manifest_fields(context: Context, plan: Plan, task: AccuracyTask, finalist: 
         "license": plan.source.license,
         "profile": profile.name,
         "divergence_nats": finalist.divergence_nats,
+        "rounding_nats": finalist.exactness.rounding_nats if finalist.exactness else None,
         "accuracy": [accuracy_entry(task, finalist.report_score.metrics)],
         "speed": [
             Speed(

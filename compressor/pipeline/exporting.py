@@ -22,7 +22,7 @@ from compressor.pipeline.winner import winner_of
 from compressor.profile import EngineName
 from compressor.request import stored_request
 from compressor.runfolder import RUN_FILE, RunFolder
-from compressor.space import Numerics, SubNetwork
+from compressor.space import OUTER_8, Numerics, SubNetwork
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Origin:
     @property
     def in_8_bits(self) -> Origin:
         """The same with 8 bits for each layer, as vLLM's packages have: no less exact than fewer."""
-        return replace(self, subnet=replace(self.subnet, bits=()))
+        return replace(self, subnet=replace(self.subnet, bits=(), outer=OUTER_8))
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,8 @@ def _write_vllm(origin: Origin, target: Path, numerics: str, portable: bool) -> 
 
 
 def _write_onnx(origin: Origin, target: Path, numerics: str, _portable: bool) -> None:
-    everywhere = {"int8": set(origin.subnet.bits) | {8}, "int4": {4}, "bf16": {UNQUANTIZED}}
+    own = {*origin.subnet.bits, *origin.subnet.outer}
+    everywhere = {"int8": own, "int4": {4}, "bf16": {UNQUANTIZED}}
     if numerics not in everywhere:
         raise InputError(f"ONNX Runtime packages are written in {', '.join(everywhere)}, not in '{numerics}'")
     target.parent.mkdir(parents=True, exist_ok=True)

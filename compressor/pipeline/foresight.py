@@ -50,13 +50,13 @@ class Foresight:
         Where even the smallest of the space is over them the problem stays as it is: the search then
         looks for the nearest miss.
         """
-        bits = problem.space.bits
+        choices = problem.space.bits, problem.space.outer_bits
 
         def ttft(subnet: SubNetwork) -> float:
-            return model.least(subnet, bits).lucky_ttft_ms
+            return model.least(subnet, *choices).lucky_ttft_ms
 
         def tpot(subnet: SubNetwork) -> float:
-            return model.least(subnet, bits).lucky_tpot_ms
+            return model.least(subnet, *choices).lucky_tpot_ms
 
         guards = (
             ExactConstraint("predicted TTFT", ttft, self.ttft_ms, "ms"),

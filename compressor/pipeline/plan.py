@@ -113,14 +113,19 @@ def tuning_memory_bytes(request: RunRequest, shape: ModelShape) -> int:
 
 def learns_rounded(request: RunRequest, space: SearchSpace) -> bool:
     """Whether sub-networks are tuned with weights rounded to their bits: not beside adapters."""
-    return min(space.bits) < LOSSLESS_BITS and not request.lora_rank
+    return min(*space.bits, *space.outer_bits) < LOSSLESS_BITS and not request.lora_rank
 
 
 def profile_space(shape: ModelShape, profile: Profile, drop_order: tuple[int, ...] = ()) -> SearchSpace:
     """The profile's search space for a model of this shape."""
     fractions = profile.space
     return SearchSpace.from_fractions(
-        shape, fractions.depth_fractions, fractions.width_fractions, drop_order, profile.layer_bits
+        shape,
+        fractions.depth_fractions,
+        fractions.width_fractions,
+        drop_order,
+        profile.layer_bits,
+        profile.outer_bits,
     )
 
 

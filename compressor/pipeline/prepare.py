@@ -12,16 +12,18 @@ import torch
 from compressor import models
 from compressor.compute import fastest_cpu_dtype
 from compressor.engines.onnx_export import export
+from compressor.engines.onnx_store import FORMAT_VERSION
 from compressor.evaluation.agreement import AgreementText, torch_predict
 from compressor.events import StageProgress
 from compressor.pipeline.accuracy import mixed_rows
 from compressor.pipeline.base import compute_device, load_to_compute
 from compressor.pipeline.context import Context, Result, run_stage
 from compressor.pipeline.plan import Plan, learns_rounded
-from compressor.pipeline.tuning import training_targets, training_text_file, tune_supernet
+from compressor.pipeline.rounding import STAGE, lossy_bits, round_folder
+from compressor.pipeline.tuning import training_targets, training_text, training_text_file, tune_supernet
 from compressor.runfolder import replace_folder
 from compressor.space import SearchSpace, SubNetwork
-from compressor.supernet.folder import SupernetInfo, read_info, weights_hash
+from compressor.supernet.folder import INFO_NAME, SupernetInfo, read_info, write_info
 from compressor.supernet.sampling import sample_text
 
 BASE_BITS = (4, 8)
@@ -40,7 +42,7 @@ def prepare(context: Context, plan: Plan) -> tuple[SupernetInfo, SearchSpace]:
         "seed": context.request.seed,
     }
     if learns_rounded(context.request, plan.space):
-        inputs["bits"] = list(plan.space.bits)
+        inputs["bits"] = [list(plan.space.bits), list(plan.space.outer_bits)]
     if context.request.lora_rank:  # absent otherwise, so that a run from before it stays done
         inputs["lora_rank"] = context.request.lora_rank
     if context.request.tuning.told:
@@ -56,6 +58,7 @@ def prepare(context: Context, plan: Plan) -> tuple[SupernetInfo, SearchSpace]:
     info = read_info(context.folder.supernet)
     space = replace(plan.space, drop_order=info.drop_order)
     if context.request.profile.engine == "onnxruntime":
+        _rounding_stage(context, info, space)
         _export_stage(context, info, space)
     return info, space
 
@@ -66,11 +69,22 @@ def _base_stage(context: Context, plan: Plan) -> Result:
 
     def work() -> Result:
         replace_folder(context.folder.base, fill)
+        weights = _own_order(context, plan)
         dtype = torch.bfloat16 if compute_device().type == "cuda" else fastest_cpu_dtype()
         compute = str(dtype).removeprefix("torch.")
-        return {"weights": weights_hash(context.folder.base), "compute": compute}
+        return {"weights": weights, "compute": compute}
 
-    return run_stage(context, "base", "Loading the model", asdict(plan.source), work)
+    result = run_stage(context, "base", "Loading the model", asdict(plan.source), work)
+    if not (context.folder.base / INFO_NAME).is_file():  # of a run from before the unpruned model was a rival
+        _own_order(context, plan)
+    return result
+
+
+def _own_order(context: Context, plan: Plan) -> str:
+    """Mark the unpruned model as a super-network whose layers and neurons stay in their own order: so it is
+    evaluated and tuned like any other. Its weights' hash."""
+    layers = tuple(reversed(range(plan.shape.num_layers)))
+    return write_info(context.folder.base, layers, "as they came").weights_hash
 
 
 def _text_stage(context: Context, base: Result) -> Result:
@@ -109,9 +123,30 @@ def _text_stage(context: Context, base: Result) -> Result:
     return run_stage(context, "text", "Writing text with the unpruned model", inputs, work, total, "tokens")
 
 
+def _rounding_stage(context: Context, info: SupernetInfo, space: SearchSpace) -> None:
+    """Round the super-network, and the unpruned model as anybody could have it, on the run's own text."""
+    inputs = {
+        "supernet": info.weights_hash,
+        "bits": [list(space.bits), list(space.outer_bits)],
+        "text": context.folder.result("text"),
+    }
+
+    def work() -> Result:
+        text = training_text(context)
+        for folder, prefixes in (
+            (context.folder.base, False),
+            (context.folder.supernet, len(space.widths) > 1),
+        ):
+            round_folder(context, folder, space, text, prefixes)
+        return {}
+
+    if lossy_bits(space):
+        run_stage(context, STAGE, "Rounding weights by what they read", inputs, work)
+
+
 def export_tuned(context: Context, space: SearchSpace, subnet: SubNetwork) -> None:
     """Quantize what a sub-network's own tuning wrote, for its candidate alone."""
-    bits = _exported_bits(context, space)
+    bits = _exported_bits(space)
     tuned = context.folder.tuned_alone(subnet.digest)
 
     def work() -> Result:
@@ -125,23 +160,24 @@ def export_tuned(context: Context, space: SearchSpace, subnet: SubNetwork) -> No
 
 
 def _export_stage(context: Context, info: SupernetInfo, space: SearchSpace) -> None:
-    bits = _exported_bits(context, space)
-    inputs = {"supernet": info.weights_hash, "bits": list(bits), "widths": list(space.widths)}
+    bits = _exported_bits(space)
+    inputs = {
+        "supernet": info.weights_hash,
+        "bits": list(bits),
+        "widths": list(space.widths),
+        "format": FORMAT_VERSION,
+    }
     searched = context.folder.searched
 
     def work() -> Result:
         shutil.rmtree(context.folder.engine, ignore_errors=True)
         export(searched.supernet, searched.export, bits, context.listener).prepare(space.widths)
-        export(context.folder.base, base_export(context), BASE_BITS, context.listener)
+        export(context.folder.base, context.folder.unpruned.export, BASE_BITS, context.listener)
         return {}
 
     run_stage(context, "export", "Quantizing for ONNX Runtime", inputs, work)
 
 
-def _exported_bits(context: Context, space: SearchSpace) -> tuple[int, ...]:
-    """In what bits the profile's candidates need weights."""
-    return tuple(sorted({*space.bits, context.request.profile.outer_bits}))
-
-
-def base_export(context: Context) -> Path:
-    return context.folder.engine / "base"
+def _exported_bits(space: SearchSpace) -> tuple[int, ...]:
+    """In what bits candidates need weights."""
+    return tuple(sorted({*space.bits, *space.outer_bits}))

@@ -16,7 +16,7 @@ from compressor.engines.streamed import streamed_logits
 from compressor.ledger import Key, Row
 from compressor.pipeline.candidates import Terms
 from compressor.pipeline.context import Context
-from compressor.space import SubNetwork
+from compressor.space import SubNetwork, in_numerics
 
 PROOF = "proof"
 PROOF_TOKENS = 128
@@ -27,10 +27,11 @@ PROMPT_TOKENS = 32
 def prove(
     context: Context, terms: Terms, engine: OnnxRuntimeEngine, subnet: SubNetwork, supernet: Path
 ) -> Exactness:
-    """How exactly the sub-network must be computed, compared with PyTorch's on text of the unpruned model.
+    """How exactly the sub-network must be computed to predict what its rounded weights say in PyTorch's fp32,
+    on text of the unpruned model; and what rounding them costs.
 
     Where keys and values are kept in INT8, the divergence is the larger of reading the text at once and of
-    generating it token by token, for which attention has other kernels. Paid for once. Warns where an 8-bit
+    generating it token by token, for which attention has other kernels. Paid for once. Warns where an
     artefact stays beyond ``TARGET_NATS``; raises ``PackageError`` where it is so far off that it must be
     wrong.
     """
@@ -43,16 +44,24 @@ def prove(
             Row(
                 key,
                 subnet,
-                {"divergence_nats": exactness.divergence_nats},
+                {
+                    "divergence_nats": exactness.divergence_nats,
+                    "rounding_nats": exactness.rounding_nats,
+                },
                 details={"fine_inputs": list(exactness.fine_inputs)},
             )
         )
-    exactness = Exactness(tuple(cast(list[str], row.details["fine_inputs"])), row.metrics["divergence_nats"])
-    check_divergence(exactness.divergence_nats, terms.numerics, subnet)
-    if terms.numerics == "int8" and set(subnet.bits) == {8} and exactness.divergence_nats > TARGET_NATS:
+    exactness = Exactness(
+        tuple(cast(list[str], row.details["fine_inputs"])),
+        row.metrics["divergence_nats"],
+        row.metrics.get("rounding_nats", 0.0),
+    )
+    check_divergence(exactness.divergence_nats, terms.numerics)
+    if exactness.divergence_nats > TARGET_NATS:
         context.warn(
-            f"INT8 predictions of {subnet.digest} differ by {exactness.divergence_nats:.3f} nats a token, "
-            f"more than {TARGET_NATS}, however its inputs are rounded"
+            f"predictions of {subnet.digest} differ from its rounded weights' by "
+            f"{exactness.divergence_nats:.3f} nats a token, more than {TARGET_NATS}, however its inputs are "
+            "rounded"
         )
     return exactness
 
@@ -63,16 +72,16 @@ def _choose(
     from compressor.evaluation.agreement import AgreementText
 
     ids = AgreementText.load(context.folder.text).ids[0, :PROOF_TOKENS].astype(np.int64)
-    expected = streamed_logits(supernet, subnet, ids)
+    served = in_numerics(subnet, terms.numerics)
+    expected = streamed_logits(supernet, served, ids, rounded=True)
+    rounding_nats = mean_kl(streamed_logits(supernet, served, ids), expected)
 
     def divergence(fine_inputs: Sequence[str]) -> float:
         candidate = engine.build(subnet, terms.numerics, fine_inputs)
         return mean_kl(expected, engine.logits(candidate, ids))
 
-    if terms.numerics == "int8":
-        exactness = choose_exactness(terms.shape, subnet, divergence, TARGET_NATS)
-    else:
-        exactness = Exactness((), divergence(()))
+    exactness = choose_exactness(terms.shape, served, divergence, TARGET_NATS)
+    exactness = replace(exactness, rounding_nats=rounding_nats)
     if terms.workload.kv_cache == "fp32":
         return exactness
     candidate = engine.build(subnet, terms.numerics, exactness.fine_inputs)

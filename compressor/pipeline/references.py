@@ -1,9 +1,10 @@
-"""The unpruned model as a user would otherwise pick it: in bf16, and quantized in the engine that serves."""
+"""The unpruned model as a user would otherwise pick it: in bf16, and in each form that takes seconds to make
+for the engine that serves."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from compressor.engines.pytorch import bench_pytorch
 from compressor.evaluation.score import Score
@@ -16,7 +17,19 @@ from compressor.pipeline.targets import Target
 from compressor.space import Numerics, SubNetwork
 
 PYTORCH = "torch"
+EMBEDDINGS_IN_8 = "int4+8"
+"""Layers in 4 bits, embeddings and head in 8."""
+REFERENCE = "measure:reference"
 Load = Callable[[], LoadedModel]
+
+
+@dataclass(frozen=True)
+class Form:
+    """One way to have the unpruned model: in what numerics, and with what bits where those leave a choice."""
+
+    name: str
+    numerics: Numerics
+    subnet: SubNetwork
 
 
 @dataclass(frozen=True)
@@ -34,31 +47,43 @@ class ReferenceSet:
     bench_seconds: float
 
     @property
-    def numerics(self) -> tuple[Numerics, ...]:
-        return ("bf16", *self.target.reference_numerics)
+    def forms(self) -> tuple[Form, ...]:
+        found = [Form(n, n, self.full) for n in ("bf16", *self.target.reference_numerics)]
+        if "int4" in self.target.reference_numerics:
+            few = replace(self.full, bits=(4,) * self.full.depth)
+            found.insert(2, Form(EMBEDDINGS_IN_8, "int8", few))
+        return tuple(found)
+
+    def form(self, name: str) -> Form:
+        return next(form for form in self.forms if form.name == name)
 
     def engine(self, numerics: Numerics) -> str:
         """What measures the unpruned model in these numerics."""
         in_pytorch = numerics == "bf16" and not self.target.measures_bf16
         return PYTORCH if in_pytorch else self.context.request.profile.engine
 
-    def speed_key(self, numerics: Numerics) -> Key:
+    def speed_key(self, form: Form) -> Key:
         workload = self.context.request.profile.workload.key
         return Key(
-            self.full.digest,
+            form.subnet.digest,
             self.weights,
-            MEASURE,
-            numerics,
+            REFERENCE if form.name == EMBEDDINGS_IN_8 else MEASURE,
+            form.numerics,
             self.context.device_label,
-            self.engine(numerics),
+            self.engine(form.numerics),
             workload,
         )
 
-    def score_key(self, numerics: Numerics, split: str) -> Key:
-        engine = PYTORCH if numerics == "bf16" else self.engine(numerics)
+    def score_key(self, form: Form, split: str) -> Key:
+        engine = PYTORCH if form.numerics == "bf16" else self.engine(form.numerics)
         kept = "" if engine == PYTORCH else self.context.request.profile.workload.cache_key
         return Key(
-            self.full.digest, self.weights, self.task.key(split), numerics, engine=engine, workload=kept
+            form.subnet.digest,
+            self.weights,
+            self.task.key(split),
+            form.numerics,
+            engine=engine,
+            workload=kept,
         )
 
     def pay(self, to_time: Load, to_score: Load) -> Iterator[str]:
@@ -67,35 +92,35 @@ class ReferenceSet:
         The unpruned model is timed as a user has it, in bf16 on the device, and scored where and in what
         sub-networks are: the same weights, and far sooner on a CPU slow in bf16.
         """
-        for numerics in self.numerics:
-            yield f"unpruned in {numerics}"
-            if self.context.ledger.get(self.speed_key(numerics)) is None:
-                self._measure(numerics, to_time)
-            missing = [s for s in self.task.splits if self._unknown(self.score_key(numerics, s))]
-            if missing and numerics == "bf16":
+        for form in self.forms:
+            yield f"unpruned in {form.name}"
+            if self.context.ledger.get(self.speed_key(form)) is None:
+                self._measure(form, to_time)
+            missing = [s for s in self.task.splits if self._unknown(self.score_key(form, s))]
+            if missing and form.numerics == "bf16":
                 model = to_score().model
                 for split in missing:
-                    self._keep(numerics, split, self.task.score_model(model, split))
+                    self._keep(form, split, self.task.score_model(model, split))
             elif missing:
-                with self.target.unpruned_artefact(self.full, numerics) as artefact:
+                with self.target.unpruned_artefact(form.subnet, form.numerics) as artefact:
                     for split in missing:
-                        self._keep(numerics, split, self.task.score_artefact(artefact, split))
+                        self._keep(form, split, self.task.score_artefact(artefact, split))
 
-    def _measure(self, numerics: Numerics, to_time: Load) -> None:
-        if self.engine(numerics) != PYTORCH:
-            speed = self.target.bench_unpruned(self.full, numerics, self.bench_seconds)
+    def _measure(self, form: Form, to_time: Load) -> None:
+        if self.engine(form.numerics) != PYTORCH:
+            speed = self.target.bench_unpruned(form.subnet, form.numerics, self.bench_seconds)
         elif self.context.cluster is None:
             workload = self.context.request.profile.workload
             speed = bench_pytorch(to_time().model, workload, max_seconds=self.bench_seconds)
         else:
             return  # a node of the cluster has no PyTorch
-        key, metrics = self.speed_key(numerics), speed.metrics()
-        self.context.ledger.put(Row(key, self.full, metrics, details=dict(speed.conditions)))
+        key, metrics = self.speed_key(form), speed.metrics()
+        self.context.ledger.put(Row(key, form.subnet, metrics, details=dict(speed.conditions)))
 
     def _unknown(self, key: Key) -> bool:
         return self.context.ledger.get(key) is None
 
-    def _keep(self, numerics: Numerics, split: str, score: Score) -> None:
+    def _keep(self, form: Form, split: str, score: Score) -> None:
         self.context.ledger.put(
-            Row(self.score_key(numerics, split), self.full, score.metrics(), items=score.items)
+            Row(self.score_key(form, split), form.subnet, score.metrics(), items=score.items)
         )

@@ -74,5 +74,8 @@ def replan(
     limits = budget_limits(profile)
     terms = Terms.from_dict(folder.result("search")["terms"])
     with open_ledger(folder.ledger) as ledger:
-        choice = choose_winner(known_outcomes(ledger, terms), limits, paired_ties(ledger, terms))
+        unpruned = terms.of_unpruned(str(folder.result("base")["weights"]))
+        outcomes = [*known_outcomes(ledger, unpruned), *known_outcomes(ledger, terms)]
+        ties = paired_ties(ledger, lambda outcome: unpruned if outcome.free else terms)
+        choice = choose_winner(outcomes, limits, ties)
     return Replan(run, choice, limits)

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 
 from pydantic import TypeAdapter, ValidationError
 
-from compressor.engines.memory import shipped_weight_bytes
+from compressor.engines.memory import required_memory_bytes, shipped_weight_bytes
 from compressor.errors import RunConflictError
 from compressor.ledger import Row
 from compressor.measurement import Measurement
 from compressor.pipeline.accuracy import AccuracyTask
 from compressor.pipeline.context import Context
 from compressor.pipeline.plan import Plan
-from compressor.pipeline.references import PYTORCH, ReferenceSet
+from compressor.pipeline.references import EMBEDDINGS_IN_8, PYTORCH, Form, ReferenceSet
 from compressor.pipeline.replanning import GIB, budget_limits
 from compressor.pipeline.tuning import CURVES, WINNER
 from compressor.pipeline.winner import BESIDE, Finalist
@@ -22,9 +22,14 @@ from compressor.report import data as report
 from compressor.runfolder import RunFolder, write_json
 from compressor.search.front import pareto_front
 from compressor.search.problem import Outcome, Problem
-from compressor.space import Numerics, SubNetwork, parameter_count
+from compressor.space import SubNetwork, parameter_count
 
-REFERENCE_NAMES = {"bf16": "unpruned, bf16", "int8": "unpruned, INT8", "int4": "unpruned, INT4"}
+REFERENCE_NAMES = {
+    "bf16": "unpruned, bf16",
+    "int8": "unpruned, INT8",
+    EMBEDDINGS_IN_8: "unpruned, INT4, embeddings INT8",
+    "int4": "unpruned, INT4",
+}
 ALL_CURVES = (*CURVES, *(WINNER + curve for curve in CURVES))
 _COMPARISON = TypeAdapter(report.Comparison)
 
@@ -94,7 +99,7 @@ def _weight_budget(context: Context, outcomes: Sequence[Outcome], finalist: Fina
 
 
 def _candidates(problem: Problem, outcomes: Sequence[Outcome]) -> tuple[report.Candidate, ...]:
-    front = {o.subnet for o in pareto_front(problem, outcomes)}
+    front = {(o.subnet, o.free) for o in pareto_front(problem, outcomes)}
     return tuple(
         report.Candidate(
             subnet=o.subnet,
@@ -102,7 +107,8 @@ def _candidates(problem: Problem, outcomes: Sequence[Outcome]) -> tuple[report.C
             accuracy=score_of(o.values) if "accuracy" in o.values else None,
             speed=_speed(Measurement.from_metrics(o.values)) if "ttft_ms" in o.values else None,
             status=o.status if o.status != "ok" or problem.meets_limits(o) else "infeasible",
-            on_front=o.subnet in front,
+            on_front=(o.subnet, o.free) in front,
+            free=o.free,
         )
         for o in outcomes
     )
@@ -111,27 +117,40 @@ def _candidates(problem: Problem, outcomes: Sequence[Outcome]) -> tuple[report.C
 def _references(context: Context, plan: Plan, references: ReferenceSet) -> list[report.Reference]:
     found = []
     engine = context.request.profile.engine
-    for numerics in references.numerics:
-        speed = context.ledger.get(references.speed_key(numerics))
-        scores = {s: context.ledger.get(references.score_key(numerics, s)) for s in references.task.splits}
+    for form in references.forms:
+        speed = context.ledger.get(references.speed_key(form))
+        scores = {s: context.ledger.get(references.score_key(form, s)) for s in references.task.splits}
         if speed is None:
             continue
         found.append(
             report.Reference(
-                name=_reference_name(references, numerics),
-                numerics=numerics,
-                weight_bytes=shipped_weight_bytes(plan.shape, references.full, numerics, engine),
+                name=_reference_name(references, form),
+                numerics=form.name,
+                weight_bytes=shipped_weight_bytes(plan.shape, form.subnet, form.numerics, engine),
                 accuracy=_row_score(scores["report"]),
                 search_accuracy=_row_score(scores["search"]),
                 speed=_speed(Measurement.from_metrics(speed.metrics)),
+                within_budgets=_within_budgets(context, plan, references, form, speed),
             )
         )
     return found
 
 
-def _reference_name(references: ReferenceSet, numerics: Numerics) -> str:
-    elsewhere = " in PyTorch" if references.engine(numerics) == PYTORCH else ""
-    return REFERENCE_NAMES[numerics] + elsewhere
+def _within_budgets(context: Context, plan: Plan, references: ReferenceSet, form: Form, speed: Row) -> bool:
+    """Whether the profile's engine can serve a form within all of its budgets."""
+    profile = context.request.profile
+    if references.engine(form.numerics) != profile.engine:
+        return False
+    memory = required_memory_bytes(
+        plan.shape, form.subnet, profile.workload, form.numerics, profile.engine
+    ).total
+    figures = {"memory_bytes": float(memory), **speed.metrics}
+    return all(figures[name] <= limit for name, limit in budget_limits(profile).items())
+
+
+def _reference_name(references: ReferenceSet, form: Form) -> str:
+    elsewhere = " in PyTorch" if references.engine(form.numerics) == PYTORCH else ""
+    return REFERENCE_NAMES[form.name] + elsewhere
 
 
 def _winner(
@@ -147,6 +166,7 @@ def _winner(
         search_accuracy=_row_score(finalist.search_score),
         parameters=parameter_count(plan.shape, finalist.subnet),
         tests=_paired_tests(task, references, finalist),
+        free=finalist.outcome.free,
         ttft_beside=_beside(finalist.speed, "ttft"),
         tpot_beside=_beside(finalist.speed, "tpot"),
         as_found=_row_score(finalist.as_found),
@@ -163,13 +183,17 @@ def _beside(speed: Measurement, figure: str) -> report.SideBySide | None:
 def _paired_tests(
     task: AccuracyTask, references: ReferenceSet, finalist: Finalist
 ) -> tuple[report.PairedTest, ...]:
-    """The winner against the unpruned model in the same numerics, on the same unseen items."""
-    rival = references.context.ledger.get(references.score_key("int8", "report"))
-    ours = finalist.report_score
-    if rival is None or rival.items is None or ours.items is None:
-        return ()
-    test = task.paired(ours.items, rival.items)
-    return (report.PairedTest("the unpruned model in INT8", test.p_value, test.gained, test.lost),)
+    """The winner against the unpruned model in each quantized form, on the same unseen items."""
+    ours, found = finalist.report_score, []
+    for form in references.forms:
+        rival = references.context.ledger.get(references.score_key(form, "report"))
+        same = finalist.outcome.free and rival is not None and form.subnet == finalist.subnet
+        if form.numerics == "bf16" or same or rival is None or rival.items is None or ours.items is None:
+            continue
+        test = task.paired(ours.items, rival.items)
+        against = REFERENCE_NAMES[form.name].replace("unpruned,", "the unpruned model in")
+        found.append(report.PairedTest(against, test.p_value, test.gained, test.lost))
+    return tuple(found)
 
 
 def _budgets(context: Context, finalist: Finalist | None) -> tuple[report.Budget, ...]:

@@ -19,7 +19,7 @@ from compressor import device
 from compressor.cluster import Cluster, joined
 from compressor.engines import verify_package
 from compressor.engines.host import require_free_memory
-from compressor.engines.rounding import RoundedWeights
+from compressor.engines.rounding import RoundedWeights, Rounding
 from compressor.errors import InputError, RunConflictError
 from compressor.evaluation.agreement import AgreementText
 from compressor.evaluation.racing import Raced
@@ -38,6 +38,7 @@ from compressor.pipeline.prepare import export_tuned, prepare
 from compressor.pipeline.racing import rivals
 from compressor.pipeline.references import ReferenceSet
 from compressor.pipeline.report_data import collect, known_comparisons
+from compressor.pipeline.rounding import lossy_bits
 from compressor.pipeline.searching import make_problem, search
 from compressor.pipeline.targets import Target, check_target, make_target
 from compressor.pipeline.tuning import tune_alone, tuned_stage, tuning_inputs
@@ -88,7 +89,10 @@ class Workshop:
         if not self._rounds:
             return Elastic(model)
         return Elastic(
-            model, RoundedWeights(model, self.space.bits, self.context.request.profile.outer_bits).choose
+            model,
+            RoundedWeights(
+                model, self.space.bits, self.space.outer_bits, Rounding.load(self.weights.supernet)
+            ).choose,
         )
 
     @cached_property
@@ -98,7 +102,7 @@ class Workshop:
 
     @property
     def _rounds(self) -> bool:
-        return self.space.bits != (8,)
+        return bool(lossy_bits(self.space))
 
     @property
     def _score_numerics(self) -> Numerics:
@@ -122,7 +126,7 @@ class Workshop:
     @cached_property
     def terms(self) -> Terms:
         profile = self.context.request.profile
-        return Terms(
+        terms = Terms(
             shape=self.plan.shape,
             weights=self.info.weights_hash,
             task_key=self.task.key("search"),
@@ -133,6 +137,17 @@ class Workshop:
             workload=profile.workload,
             racing=self.context.request.races,
         )
+        free = self.weights == self.context.folder.unpruned
+        return terms.of_unpruned(terms.weights) if free else terms
+
+    @cached_property
+    def unpruned(self) -> Workshop:
+        """The same with the model's own weights, as anybody has them for free."""
+        return self.of(self.context.folder.unpruned)
+
+    def bench_of(self, outcome: Outcome) -> Workshop:
+        """What an outcome is evaluated with."""
+        return self.unpruned if outcome.free else self
 
     @property
     def evaluator(self) -> Evaluator:
@@ -152,8 +167,10 @@ class Workshop:
 
     def put_away(self) -> None:
         """Free the memory that scoring and measuring hold; what they need is loaded again when asked for."""
-        self.__dict__.pop("supernet", None)
-        self.__dict__.pop("shared", None)
+        for name in ("supernet", "shared"):
+            self.__dict__.pop(name, None)
+        if "unpruned" in self.__dict__:
+            self.unpruned.put_away()
         self.close()
         gc.collect()
 
@@ -167,7 +184,8 @@ class Workshop:
         """What was evaluated of the sub-network that ``pick`` names: ``winner``, a rule, or its digest.
 
         Raises ``InputError``."""
-        outcomes = known_outcomes(self.context.ledger, self.terms)
+        rivals = known_outcomes(self.context.ledger, self.unpruned.terms)
+        outcomes = [*known_outcomes(self.context.ledger, self.terms), *rivals]
         front = pareto_front(self.problem, outcomes)
         if pick in PICKS and front:
             return max(front, key=PICKS[pick])
@@ -181,6 +199,8 @@ class Workshop:
         )
 
     def close(self) -> None:
+        if "unpruned" in self.__dict__:
+            self.unpruned.close()
         self.target.close()
 
     def _score(self, subnet: SubNetwork) -> Score:
@@ -217,7 +237,8 @@ def execute(path: Path, request: RunRequest, listener: Listener) -> Verdict:
         info, space = prepare(context, plan)
         with closing(Workshop(context, plan, info, space)) as workshop:
             _pay_references(workshop)
-            outcomes = _search(workshop)
+            rivals = free_rivals(workshop)
+            outcomes = [*rivals, *_search(workshop)]
             finalist = _package(workshop, outcomes)
         data = collect(
             context, plan, workshop.problem, workshop.task, outcomes, workshop.references, finalist
@@ -236,7 +257,7 @@ def target_cluster(request: RunRequest) -> AbstractContextManager[Cluster | None
 def _pay_references(workshop: Workshop) -> None:
     """Measure and score the unpruned model in bf16 and in the engine's quantized numerics."""
     context, references = workshop.context, workshop.references
-    total = len(references.numerics)
+    total = len(references.forms)
     inputs = {
         "base": references.weights,
         "task": [workshop.task.key(split) for split in workshop.task.splits],
@@ -251,6 +272,15 @@ def _pay_references(workshop: Workshop) -> None:
         return {}
 
     run_stage(context, "references", "Measuring the unpruned model", inputs, work, total, "references")
+
+
+def free_rivals(workshop: Workshop) -> list[Outcome]:
+    """The unpruned model in each number of bits that meets the memory budget, evaluated as sub-networks are:
+    what a search must beat, and the winner where it doesn't."""
+    own, problem = workshop.unpruned, workshop.problem
+    found = [own.evaluator(subnet) for subnet in workshop.space.free if problem.allows(subnet)]
+    own.put_away()
+    return found
 
 
 def _search(workshop: Workshop) -> list[Outcome]:
@@ -269,16 +299,19 @@ def _package(workshop: Workshop, outcomes: list[Outcome]) -> Finalist:
     context, plan = workshop.context, workshop.plan
     context.listener(StageStarted("package", "Packaging the winner"))
     began = time.monotonic()
-    finalist, choice = decide(context, workshop.terms, workshop.target, workshop.task, outcomes)
+    finalist, choice = decide(context, workshop.bench_of, outcomes)
+    workshop = workshop.bench_of(finalist.outcome)
     if choice.winner is not None and context.request.effort.winner_minutes:
         workshop, finalist = _tuned_alone(workshop, finalist)
+    free = finalist.subnet.digest if finalist.outcome.free else None
     inputs = {"subnet": finalist.subnet.digest, "terms": workshop.terms.to_dict()}
     current = context.folder.is_done("package", inputs) and context.folder.package.is_dir()
     if not current:
         package(context, plan, workshop.target, workshop.task, finalist, context.folder.package)
         for line in verify_package(context.folder.package):
             context.say(line)
-        context.folder.mark_done("package", inputs, {"divergence_nats": finalist.divergence_nats})
+        result = {"divergence_nats": finalist.divergence_nats, "free": free}
+        context.folder.mark_done("package", inputs, result)
     context.listener(StageFinished("package", time.monotonic() - began, skipped=current))
     return finalist
 
@@ -294,7 +327,7 @@ def _tuned_alone(workshop: Workshop, finalist: Finalist) -> tuple[Workshop, Fina
         export_tuned(context, workshop.space, subnet)
     own = workshop.of(weights)
     with closing(own):
-        again = finish(context, own.terms, own.target, own.task, finalist.outcome, finalist)
+        again = finish(context, own, replace(finalist.outcome, free=False), finalist)
     before, after = _accuracy(finalist), _accuracy(again)
     if again.within_budgets and after > before:
         context.say(f"tuned alone, the winner goes from {before:.1%} to {after:.1%} on the search's items")
@@ -315,7 +348,7 @@ def tuned_weights(workshop: Workshop, subnet: SubNetwork) -> Weights | None:
         tuned_stage(subnet),
         "Tuning the winner",
         {"weights": workshop.info.weights_hash, "minutes": minutes, "tuning": tuning_inputs(context)},
-        lambda: tune_alone(context, workshop.plan, subnet, minutes),
+        lambda: tune_alone(context, workshop.plan, subnet, minutes, workshop.weights),
         context.request.effort.tuning_steps,
     )
     weights = context.folder.tuned_alone(subnet.digest)
@@ -368,9 +401,11 @@ def package_pick(path: Path, pick: str, out: Path | None, listener: Listener) ->
     with reopened(path, listener) as workshop:
         context = workshop.context
         outcome = workshop.picked(pick)
-        best = workshop.of(context.folder.weights_of(outcome.subnet.digest))
+        free = outcome.free and not context.folder.tuned_alone(outcome.subnet.digest).supernet.is_dir()
+        digest = outcome.subnet.digest
+        best = workshop.of(context.folder.unpruned if free else context.folder.weights_of(digest))
         with closing(best):
-            finalist = finish(context, best.terms, best.target, best.task, outcome)
+            finalist = finish(context, best, outcome)
             package(context, best.plan, best.target, best.task, finalist, target)
         for line in verify_package(target):
             context.say(line)

@@ -24,7 +24,6 @@ from compressor.measurement import Measurement
 from compressor.pipeline.artefacts import Artefact, OnnxArtefact, VllmArtefact
 from compressor.pipeline.candidates import Terms
 from compressor.pipeline.context import Context
-from compressor.pipeline.prepare import base_export
 from compressor.pipeline.proof import prove
 from compressor.request import RunRequest
 from compressor.runfolder import Weights
@@ -123,7 +122,7 @@ class OnnxTarget:
 
     @cached_property
     def _base(self) -> OnnxRuntimeEngine:
-        return self._engine(base_export(self._context))
+        return self._engine(self._context.folder.unpruned.export)
 
     @cached_property
     def _reference(self) -> OnnxCandidate:

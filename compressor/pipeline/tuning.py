@@ -12,14 +12,19 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from compressor.engines.memory import served_memory
-from compressor.engines.rounding import rounded
+from compressor.engines.rounding import Rounding
 from compressor.events import Event, Listener, StageProgress
 from compressor.models import LoadedModel
 from compressor.pipeline.base import compute_device, compute_dtype, load_to_compute
 from compressor.pipeline.context import Context, Result
 from compressor.pipeline.plan import Plan, learns_rounded
-from compressor.runfolder import replace_folder
+from compressor.pipeline.rounding import (
+    learnt_rounding,
+    served,
+    served_rounded,
+    settle_in_cells,
+)
+from compressor.runfolder import Weights, replace_folder
 from compressor.space import SubNetwork
 from compressor.supernet.config import SUPER_EVERY_WITH_LABELS
 from compressor.supernet.data import Examples, load_training_data
@@ -27,7 +32,6 @@ from compressor.supernet.elastic import Elastic
 from compressor.supernet.finetune import FinetuneConfig, discard_checkpoint, finetune
 from compressor.supernet.folder import load_supernet, read_info, save_supernet
 from compressor.supernet.importance import Importance, rank, sort_neurons
-from compressor.supernet.served import Served
 from compressor.supernet.targets import Targets, compute
 
 NEURON_SEQUENCES = 32
@@ -65,7 +69,9 @@ def tune_supernet(context: Context, plan: Plan) -> Result:
         context.ledger.record_curve,
         context.folder.checkpoints,
         Targets.load(training_targets(context)) if known else None,
-        _served(context, plan),
+        served_rounded(context, plan, loaded.model)
+        if learns_rounded(context.request, plan.space)
+        else served(context, plan),
     )
     context.ledger.end_curves(CURVES, result.steps)
     if result.stopped_early:
@@ -84,18 +90,27 @@ def tune_supernet(context: Context, plan: Plan) -> Result:
     return {"weights": read_info(context.folder.supernet).weights_hash, **asdict(result)}
 
 
-def tune_alone(context: Context, plan: Plan, subnet: SubNetwork, minutes: float) -> Result:
-    """Tune one sub-network of the super-network alone, where no other's steps pull at its weights, and write
-    the result as ``tuned_alone`` names it."""
-    model, tokenizer, info = load_supernet(context.folder.supernet, compute_dtype(context))
+def tune_alone(context: Context, plan: Plan, subnet: SubNetwork, minutes: float, weights: Weights) -> Result:
+    """Tune one sub-network of ``weights`` alone, where no other's steps pull at them, and write the result as
+    ``tuned_alone`` names it. Matrices of few bits learn rounded as they will ship, their scales with them."""
+    model, tokenizer, info = load_supernet(weights.supernet, compute_dtype(context))
     model.to(compute_device())
+    rounding = Rounding.load(weights.supernet)
+    rounded = learns_rounded(context.request, plan.space)
+    elastic = Elastic(model)
+    told = served(context, plan)
+    if rounded:
+        settle_in_cells(model, rounding, subnet)
+        told = served_rounded(context, plan, model, rounding)
+        told.learn_scales(elastic.activate(subnet), subnet)
+        elastic.reset()
     space = replace(plan.space, drop_order=info.drop_order)
     examples = training_examples(context, tokenizer, context.request.tuning_loss != "cross-entropy")
     config = replace(tuning_config(context, examples), minutes=minutes, only=subnet, teacher="original")
     checkpoints = context.folder.checkpoints / subnet.digest
     stage = tuned_stage(subnet)
     result = finetune(
-        Elastic(model),
+        elastic,
         space,
         examples,
         config,
@@ -103,14 +118,18 @@ def tune_alone(context: Context, plan: Plan, subnet: SubNetwork, minutes: float)
         lambda curve, step, loss: context.ledger.record_curve(WINNER + curve, step, loss),
         checkpoints,
         _original(context, examples, config),
-        _served(context, plan),
+        told,
     )
+    if rounded:
+        rounding = learnt_rounding(model, subnet, rounding, told)
     context.ledger.end_curves([WINNER + curve for curve in CURVES], result.steps)
 
     def save(path: Path) -> None:
         path.mkdir(parents=True)
         model.to("cpu", torch.bfloat16)
         save_supernet(model, tokenizer, info.drop_order, info.ordering, path)
+        if rounded:
+            rounding.save(path)
 
     target = context.folder.tuned_alone(subnet.digest).supernet
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -127,14 +146,6 @@ def tuned_stage(subnet: SubNetwork) -> str:
 def told_as(listener: Listener, stage: str, event: Event) -> None:
     """Pass on what a tuning tells, as another stage's progress."""
     listener(replace(event, stage=stage) if isinstance(event, StageProgress) else event)
-
-
-def _served(context: Context, plan: Plan) -> Served:
-    request = context.request
-    return Served(
-        lambda subnet: float(served_memory(plan.shape, subnet, request.profile).total),
-        rounded if learns_rounded(request, plan.space) else None,
-    )
 
 
 def _original(context: Context, examples: Examples, config: FinetuneConfig) -> Targets | None:

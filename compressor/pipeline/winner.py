@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from compressor.engines.onnx_exact import Exactness
 from compressor.errors import UnfitMachineError
@@ -50,12 +51,19 @@ class Finalist:
         return self.exactness.divergence_nats if self.exactness else None
 
 
+class Workbench(Protocol):
+    """What outcomes of the same weights are evaluated with."""
+
+    @property
+    def terms(self) -> Terms: ...
+    @property
+    def target(self) -> Target: ...
+    @property
+    def task(self) -> AccuracyTask: ...
+
+
 def decide(
-    context: Context,
-    terms: Terms,
-    target: Target,
-    task: AccuracyTask,
-    outcomes: Sequence[Outcome],
+    context: Context, bench_of: Callable[[Outcome], Workbench], outcomes: Sequence[Outcome]
 ) -> tuple[Finalist, Choice]:
     """The winner by rule. One whose figures break a budget when measured again gives way to the next.
 
@@ -64,15 +72,15 @@ def decide(
     """
     current = list(outcomes)
     while True:
-        tied = paired_ties(context.ledger, terms)
+        tied = paired_ties(context.ledger, lambda outcome: bench_of(outcome).terms)
         choice = choose_winner(current, budget_limits(context.request.profile), tied)
-        finalist = finish(context, terms, target, task, choice.nearest)
+        finalist = finish(context, bench_of(choice.nearest), choice.nearest)
         if choice.winner is None or finalist.within_budgets:
             return finalist, choice
-        digest = finalist.subnet.digest
-        context.warn(f"{digest} breaks a budget when measured again: taking the next best")
-        current = [finalist.outcome if o.subnet == finalist.subnet else o for o in current]
-        current = _with_measured_memory(current, terms, finalist)
+        context.warn(f"{finalist.subnet.digest} breaks a budget when measured again: taking the next best")
+        same = finalist.subnet, finalist.outcome.free
+        current = [finalist.outcome if (o.subnet, o.free) == same else o for o in current]
+        current = _with_measured_memory(current, bench_of(choice.nearest).terms, finalist)
 
 
 def _with_measured_memory(outcomes: Sequence[Outcome], terms: Terms, finalist: Finalist) -> list[Outcome]:
@@ -86,20 +94,14 @@ def _with_measured_memory(outcomes: Sequence[Outcome], terms: Terms, finalist: F
     return [raised(outcome) for outcome in outcomes]
 
 
-def finish(
-    context: Context,
-    terms: Terms,
-    target: Target,
-    task: AccuracyTask,
-    outcome: Outcome,
-    like: Finalist | None = None,
-) -> Finalist:
+def finish(context: Context, bench: Workbench, outcome: Outcome, like: Finalist | None = None) -> Finalist:
     """The sub-network measured again, longer and in a process of its own, and scored as it ships.
 
     It is proved first, for what makes it exact enough may cost speed. ``like`` is the same sub-network with
     other weights: where it computes just so, its figures are this one's.
     """
     limits = budget_limits(context.request.profile)
+    terms, target, task = bench.terms, bench.target, bench.task
     exactness = target.prove(terms, outcome.subnet)
     if like is not None and _fine(like.exactness) == _fine(exactness):
         speed = like.speed

@@ -35,7 +35,7 @@ class Candidate:
     """An evaluated sub-network. ``accuracy`` is on the search split; None where it failed.
 
     ``infeasible`` means evaluated but over a budget. ``on_front`` is the run's own front, over all its
-    objectives.
+    objectives. ``free``: the unpruned model with its own weights.
     """
 
     subnet: SubNetwork
@@ -44,6 +44,7 @@ class Candidate:
     speed: Speed | None = None
     status: Literal["ok", "failed", "infeasible"] = "ok"
     on_front: bool = False
+    free: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,8 @@ class Reference:
     """The unpruned model as a user would otherwise pick it: ``numerics`` is bf16, int8, int4, ...
 
     ``accuracy`` is on the report split, like the winner's; ``search_accuracy`` on the search split,
-    like the candidates'. ``name`` says which model and engine.
+    like the candidates'. ``name`` says which model and engine. ``within_budgets``: it could be served
+    instead of the winner.
     """
 
     name: str
@@ -60,6 +62,7 @@ class Reference:
     accuracy: Score | None = None
     search_accuracy: Score | None = None
     speed: Speed | None = None
+    within_budgets: bool = False
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,8 @@ class Winner:
     ttft_beside: SideBySide | None = None
     tpot_beside: SideBySide | None = None
     as_found: Score | None = None
+    free: bool = False
+    """Whether it is the unpruned model with its own weights: nothing found was better."""
 
 
 @dataclass(frozen=True)
@@ -182,6 +187,14 @@ class ReportData:
     def reference(self, numerics: str) -> Reference | None:
         """The unpruned model in these numerics, if it was measured."""
         return next((r for r in self.references if r.numerics == numerics), None)
+
+    @property
+    def strongest_rival(self) -> Reference | None:
+        """The most accurate form of the unpruned model that anybody has for free within the budgets."""
+        able = [r for r in self.references if r.within_budgets and r.accuracy is not None]
+        return max(
+            able, key=lambda r: (r.accuracy.value if r.accuracy else 0.0, -r.weight_bytes), default=None
+        )
 
     def budget(self, name: str) -> Budget | None:
         return next((b for b in self.budgets if b.name == name), None)

@@ -62,7 +62,7 @@ def _caption(data: ReportData) -> str:
         for b in data.budgets
     ]
     if data.winner is not None:
-        lines += wording.about_winner(data.winner)
+        lines += [*wording.beside_free(data), *wording.about_winner(data.winner)]
     lines += data.notes
     lines.append(f"{wording.workload(data)}; {data.engine} on {data.device}")
     return "\n".join(lines)

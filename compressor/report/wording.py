@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
-from compressor.report.data import Budget, PairedTest, ReportData, Score, SideBySide, Speed, Winner
+from compressor.report.data import (
+    Budget,
+    PairedTest,
+    Reference,
+    ReportData,
+    Score,
+    SideBySide,
+    Speed,
+    Winner,
+)
 from compressor.space import SubNetwork
 
 SIGNIFICANCE = 0.05
+NOTEWORTHY = 0.03
+"""Share by which bytes or times must differ to be said: less is within what measuring twice gives."""
 BUDGET_NAMES = {"memory_gib": "Memory", "ttft_ms": "Time to first token", "tpot_ms": "Time per output token"}
 BUDGET_UNITS = {"memory_gib": "GiB", "ttft_ms": "ms", "tpot_ms": "ms"}
 MISSING = "–"
@@ -154,9 +165,51 @@ def tuned_alone(winner: Winner) -> list[str]:
 def numerics(name: str, subnet: SubNetwork) -> str:
     """``INT8``, or the bits of the sub-network's layers where some have fewer than the rest of it."""
     bits = sorted({*subnet.bits}) if name == "int8" else []
+    outer = subnet.fewest_bits == 4 and f", embeddings of {subnet.embed_bits}"
     if bits in ([], [8]):
-        return name.upper()
-    return f"layers of {' or '.join(map(str, bits))} bits"
+        return name.upper() + (outer or "")
+    return f"layers of {' or '.join(map(str, bits))} bits{outer or ''}"
+
+
+def beside_free(data: ReportData) -> list[str]:
+    """Who wins on what: the winner or the strongest form of the unpruned model that meets the budgets."""
+    winner, rival = data.winner, data.strongest_rival
+    if winner is None or winner.free:
+        return []
+    if rival is None:
+        return ["No form of the unpruned model meets the budgets."] if data.references else []
+    test = next((t for t in winner.tests if rival.name.endswith(t.against.rsplit(" in ", 1)[-1])), None)
+    gains = [*_accuracy_gain(winner, rival, test), *_cost_gains(winner, rival)]
+    ours, theirs = ([text for mine, text in gains if mine is side] for side in (True, False))
+    name = rival.name.replace("unpruned,", "the unpruned model in")
+    said = f"Beside {name}, the strongest that is free within the budgets, the winner "
+    if not ours:
+        return [said + f"has nothing to offer: {', '.join(theirs)}."]
+    return [said + f"is {', '.join(ours)}" + (f"; but {', '.join(theirs)}." if theirs else ".")]
+
+
+def _accuracy_gain(winner: Winner, rival: Reference, test: PairedTest | None) -> list[tuple[bool, str]]:
+    assert rival.accuracy is not None
+    gap = winner.accuracy.value - rival.accuracy.value
+    if test is not None and test.p_value >= SIGNIFICANCE:
+        return []
+    return [(gap > 0, f"{abs(100 * gap):.1f} points {'more' if gap > 0 else 'less'} accurate")]
+
+
+def _cost_gains(winner: Winner, rival: Reference) -> list[tuple[bool, str]]:
+    sizes = float(winner.weight_bytes), float(rival.weight_bytes)
+    pairs = [("bytes", "fewer", "more", *sizes)]
+    if rival.speed is not None:
+        mine, theirs = winner.speed, rival.speed
+        pairs += [
+            ("time to first token", "less", "more", mine.ttft_ms, theirs.ttft_ms),
+            ("time per output token", "less", "more", mine.tpot_ms, theirs.tpot_ms),
+        ]
+    return [
+        (mine < theirs, f"{abs(1 - mine / theirs):.0%} {less if mine < theirs else more} {what}")
+        for what, less, more, mine, theirs in pairs
+        if abs(1 - mine / theirs) >= NOTEWORTHY
+    ]
 
 
 def headline(data: ReportData) -> str:
@@ -164,6 +217,12 @@ def headline(data: ReportData) -> str:
     winner = data.winner
     if winner is None:
         return f"No sub-network of {data.model} meets the budgets of {data.profile}."
+    if winner.free:
+        return (
+            f"nothing found beats the unpruned model in {numerics(data.numerics, winner.subnet)} "
+            f"({size(winner.weight_bytes)}, {percent(winner.accuracy.value)} {data.accuracy_label}), which "
+            "is free: it is the winner. Try more minutes, or other budgets."
+        )
     missed = [BUDGET_NAMES[b.name].lower() for b in data.budgets if not b.met]
     text = f"{size(winner.weight_bytes)} of weights"
     full = data.reference("int8")

@@ -67,8 +67,9 @@ def choose_winner(
     """The best accuracy within all ``budgets`` (upper limits by the values' names).
 
     A tie is what ``tied`` calls one: unless given, an accuracy whose interval overlaps the best one's.
-    The smaller wins it, then the faster, then the more accurate. Raises ``InfeasibleError`` if no outcome
-    has an accuracy and every budgeted value.
+    The smaller wins it, then the faster, then the more accurate; but never one that another is no worse
+    than in accuracy, bytes and every budgeted value, and better in one. Raises ``InfeasibleError`` if no
+    outcome has an accuracy and every budgeted value.
     """
     known = [o for o in outcomes if o.knows(("accuracy", *budgets))]
     if not known:
@@ -79,6 +80,7 @@ def choose_winner(
     if within:
         best = max(within, key=lambda o: o.values["accuracy"])
         winner = min((o for o in within if o is best or (tied or _ties)(o, best)), key=_tie_order)
+        winner = _undominated(winner, within, budgets)
         return Choice(winner, winner)
     nearest = min(known, key=lambda o: (max(m.excess for m in _misses(o, budgets)), *_tie_order(o)))
     reachable = {name: min(o.values[name] for o in known) for name in budgets}
@@ -87,7 +89,7 @@ def choose_winner(
 
 def pareto_front(problem: Problem, outcomes: Sequence[Outcome]) -> list[Outcome]:
     """The outcomes within all budgets that no other of them dominates, the smallest first."""
-    unique = {o.subnet: o for o in problem.comparable(outcomes)}
+    unique = {(o.subnet, o.free): o for o in problem.comparable(outcomes)}
     candidates = list(unique.values())
     if not candidates:
         return []
@@ -111,6 +113,21 @@ def hypervolume(costs: Costs, reference: Sequence[float]) -> float:
 def _misses(outcome: Outcome, budgets: Mapping[str, float]) -> tuple[Miss, ...]:
     over = (Miss(name, limit, outcome.values[name]) for name, limit in budgets.items())
     return tuple(sorted((m for m in over if m.value > m.limit), key=lambda m: -m.excess))
+
+
+def dominates(one: Outcome, other: Outcome, names: Sequence[str]) -> bool:
+    """Whether ``one`` is no worse in accuracy and in each of ``names``, all costs, and better in one."""
+    gains = [one.values["accuracy"] - other.values["accuracy"]]
+    gains += [other.values[name] - one.values[name] for name in names]
+    return min(gains) >= 0 < max(gains)
+
+
+def _undominated(winner: Outcome, outcomes: Sequence[Outcome], budgets: Mapping[str, float]) -> Outcome:
+    """The winner, or what dominates it and is itself dominated by nothing."""
+    names = [name for name in ("weight_bytes", *budgets) if all(name in o.values for o in outcomes)]
+    while better := [o for o in outcomes if dominates(o, winner, names)]:
+        winner = min(better, key=_tie_order)
+    return winner
 
 
 def _ties(outcome: Outcome, best: Outcome) -> bool:

@@ -23,6 +23,7 @@ class GeneTable:
         self.choices: Genes = np.array(space.choices, dtype=np.int64)
         self._layers = space.shape.num_layers
         self._has_bits = len(space.bits) > 1
+        self._outer_at = len(self.choices) - space.outer_genes
         self._kept = np.zeros((len(space.depths), self._layers), dtype=bool)
         for index, depth in enumerate(space.depths):
             self._kept[index, list(space.uniform(depth, space.widths[0]).layers)] = True
@@ -56,7 +57,7 @@ class GeneTable:
 
         The totals (depth, neurons kept, mean bits; as shares) are scaled by the root of the number of
         layers, so that a linear model may lean on "less of everything" before it has seen enough to
-        tell layers apart.
+        tell layers apart; so are the genes of embeddings and head, which weigh as much as many layers.
         """
         kept = self._kept[genes[:, 0]]
         depth = np.eye(len(self.space.depths))[genes[:, 0]]
@@ -68,6 +69,8 @@ class GeneTable:
             columns.append(hot.reshape(len(genes), -1))
             share = np.array(values) / values[-1]
             totals.append((share[block] * kept).mean(axis=1))
+        outer = np.eye(len(self.space.outer_bits)) * np.sqrt(self._layers)
+        columns += [outer[genes[:, place]] for place in range(self._outer_at, len(self.choices))]
         columns.append(np.stack(totals, axis=1) * np.sqrt(self._layers))
         return np.concatenate(columns, axis=1)
 

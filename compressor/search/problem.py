@@ -28,11 +28,13 @@ class Objective:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What evaluating a sub-network gave: figures by name. ``infeasible``: evaluated, but over a budget."""
+    """What evaluating a sub-network gave: figures by name. ``infeasible``: evaluated, but over a budget.
+    ``free``: with the unpruned model's own weights, which anybody has without a search."""
 
     subnet: SubNetwork
     values: Mapping[str, float]
     status: Literal["ok", "failed", "infeasible"] = "ok"
+    free: bool = False
 
     def knows(self, names: Sequence[str]) -> bool:
         """Whether it has a finite value for every name, so that it can be compared and learnt from."""
@@ -142,4 +144,6 @@ def check_feasible(problem: Problem) -> None:
 
 
 def _smallest_of_each_depth(space: SearchSpace) -> list[SubNetwork]:
-    return [space.uniform(depth, space.widths[0], space.bits[0]) for depth in space.depths]
+    return [
+        space.uniform(depth, space.widths[0], space.bits[0], space.outer_bits[0]) for depth in space.depths
+    ]

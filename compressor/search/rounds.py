@@ -68,8 +68,17 @@ class RoundSearch(ABC):
             before = sorted(self.told[:start], key=lambda o: o.subnet.digest)
             count = self._round_start(start, following=True) - start
             rng = np.random.default_rng([self.seed, start])
-            self._plans[start] = self._plan(before, count, rng)
+            given = [] if start else self._free()[:count]
+            planned = self._plan(before, count, rng)
+            digests = {subnet.digest for subnet in given}
+            rest = [subnet for subnet in planned if subnet.digest not in digests]
+            self._plans[start] = [*given, *rest][:count]
         return self._plans[start]
+
+    def _free(self) -> list[SubNetwork]:
+        """What every search begins with: the whole model in each number of bits that constraints allow."""
+        space = self.problem.space
+        return [s for s in space.free if space.contains(s) and self.problem.allows(s)]
 
     def _round_start(self, told: int, following: bool = False) -> int:
         """Outcomes before the round that holds outcome number ``told``, or before the round after it."""

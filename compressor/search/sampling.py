@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection
+from dataclasses import replace
 
 import numpy as np
 
@@ -86,6 +87,7 @@ def filled_to(
     raised = [(int(rng.choice(space.widths)), int(rng.choice(space.bits))) for _ in range(depth)]
     if target > _reachable(problem, depth, raised):
         raised = [(space.widths[-1], space.bits[-1])] * depth
+    current = _with_outer(problem, current, int(rng.choice(space.outer_bits)), target)
     for position in rng.permutation(depth):
         trial = _with_layer(current, int(position), *raised[position])
         if problem.size(trial) <= target and problem.allows(trial):
@@ -103,6 +105,7 @@ def ranked_to(problem: Problem, target: float, rng: np.random.Generator) -> SubN
     space = problem.space
     depths = _fitting_depths(problem, target, space.bits[0]) or _fitting_depths(problem, target)[-1:]
     current = _least(space, int(rng.choice(depths)))
+    current = _with_outer(problem, current, int(rng.choice(space.outer_bits)), target)
     ranked = [current.layers.index(layer) for layer in reversed(space.drop_order) if layer in current.layers]
     for bits, position in itertools.product(space.bits, ranked):
         for width in (w for w in reversed(space.widths) if w >= current.widths[position]):
@@ -125,7 +128,7 @@ def _fitting_depths(problem: Problem, target: float, bits: int | None = None) ->
         for d in allowed
         if problem.size(_least(space, d))
         <= target
-        <= problem.size(space.uniform(d, space.widths[-1], bits or space.bits[-1]))
+        <= problem.size(space.uniform(d, space.widths[-1], bits or space.bits[-1], space.outer_bits[-1]))
     ]
     return fitting or (allowed[:1] if bits is None else [])
 
@@ -133,14 +136,20 @@ def _fitting_depths(problem: Problem, target: float, bits: int | None = None) ->
 def _reachable(problem: Problem, depth: int, raised: list[tuple[int, int]]) -> float:
     layers = problem.space.uniform(depth, problem.space.widths[0]).layers
     widths, bits = zip(*raised, strict=True)
-    return problem.size(SubNetwork(layers, widths, bits))
+    return problem.size(SubNetwork(layers, widths, bits, (problem.space.outer_bits[-1],) * 2))
 
 
 def _least(space: SearchSpace, depth: int) -> SubNetwork:
-    return space.uniform(depth, space.widths[0], space.bits[0])
+    return space.uniform(depth, space.widths[0], space.bits[0], space.outer_bits[0])
+
+
+def _with_outer(problem: Problem, subnet: SubNetwork, bits: int, target: float) -> SubNetwork:
+    """With embeddings and head in so many bits, where the target size and the constraints leave room."""
+    trial = replace(subnet, outer=(bits, bits))
+    return trial if problem.size(trial) <= target and problem.allows(trial) else subnet
 
 
 def _with_layer(subnet: SubNetwork, position: int, width: int, bits: int) -> SubNetwork:
     widths, all_bits = list(subnet.widths), list(subnet.bits)
     widths[position], all_bits[position] = width, bits
-    return SubNetwork(subnet.layers, tuple(widths), tuple(all_bits))
+    return replace(subnet, widths=tuple(widths), bits=tuple(all_bits))

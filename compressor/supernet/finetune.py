@@ -85,6 +85,7 @@ def finetune(
             original = original_targets(elastic.model, examples, config, identity, folder, processes)
         with sharded(elastic, trained, processes) as (active, parameters):
             objective = Objective(active, space, examples, config, processes, original, served)
+            parameters = [*parameters, *served.shifts.values()]
             tuning = _Tuning(
                 active, space, examples, config, parameters, objective, processes, identity, folder, served
             )
@@ -283,7 +284,7 @@ def _check(config: FinetuneConfig, examples: Examples, processes: Processes, ser
         )
     if not examples.learnable[: len(examples.ids) - config.held_out].any():
         raise InputError("no training example has anything to learn: are its answers empty, or cut off?")
-    if served.rounded is not None and (processes.sharded or config.lora_rank):
+    if served.rounds and (processes.sharded or config.lora_rank):
         raise InputError("weights that are shared out or frozen cannot learn rounded: tune without rounding")
     if config.batch < processes.count:
         raise InputError(f"a batch of {config.batch} is too small for {processes.count} processes")

@@ -41,7 +41,13 @@ def save_supernet(
     with models.quiet_progress():
         model.save_pretrained(folder)
         models.save_tokenizer(tokenizer, folder)
-    info = SupernetInfo(tuple(drop_order), ordering, weights_hash(folder))
+    return write_info(folder, tuple(drop_order), ordering)
+
+
+def write_info(folder: Path, drop_order: tuple[int, ...], ordering: str) -> SupernetInfo:
+    """Mark a model folder as a whole super-network with this order of layers and neurons."""
+    info_path = folder / INFO_NAME
+    info = SupernetInfo(drop_order, ordering, weights_hash(folder))
     scratch = info_path.with_suffix(".tmp")
     scratch.write_text(json.dumps(asdict(info), indent=2) + "\n", encoding="utf-8")
     scratch.replace(info_path)

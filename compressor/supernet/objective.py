@@ -52,6 +52,7 @@ class Objective:
         self._served = served
         self._processes = processes
         self._targets = targets if config.distils and config.teacher == "original" else None
+        self._own_head = _unrounded_head(elastic, served)
         self._elastic, self._space, self._examples, self._config = elastic, space, examples, config
         self._model: Any = elastic.model
 
@@ -123,10 +124,17 @@ class Objective:
             counted = labels != IGNORED
             wanted = targets.states[chosen].to(device).flatten(0, 1)[counted]
             vocabulary = targets.vocabulary(chosen).to(device)
-            theirs = None if targets.head is None else targets.head[vocabulary]
+            reads = self._own_head if targets.head is None else targets.head
+            theirs = None if reads is None else reads[vocabulary]
             weight = config.gamma if config.loss == "both" else 1.0
             loss = distillation(
                 hidden[counted], wanted, head.detach()[vocabulary], config.temperature, theirs
             )
             terms.append(weight * loss.float())
         return torch.stack(terms).sum()
+
+
+def _unrounded_head(elastic: Elastic, served: Served) -> Tensor | None:
+    """What reads a teacher's states where a sub-network's own head is rounded."""
+    head: Tensor = elastic.model.lm_head.weight
+    return head.detach().clone() if served.outer else None

@@ -88,6 +88,9 @@ def _skewed(space: SearchSpace, rng: np.random.Generator) -> SubNetwork:
     if len(space.bits) > 1:
         bits = _tilted(len(space.bits), rng.uniform(*BITS_TILT))
         genes += [int(g) for g in rng.choice(len(space.bits), size=layers, p=bits)]
+    if space.outer_genes:
+        outer = _tilted(len(space.outer_bits), rng.uniform(*BITS_TILT))
+        genes += [int(g) for g in rng.choice(len(space.outer_bits), size=space.outer_genes, p=outer)]
     return space.decode(genes)
 
 

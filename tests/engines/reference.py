@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from compressor.engines.quantize import dequantize, quantize
+from compressor.engines.quantize import quantize
 from compressor.space import SubNetwork
 
 
@@ -19,16 +19,16 @@ def cut(folder: Path, subnet: SubNetwork) -> PreTrainedModel:
     return _cut(_load(folder), subnet)
 
 
-def cut_quantized(folder: Path, subnet: SubNetwork, outer_bits: int = 8) -> PreTrainedModel:
-    """The sub-network with every matrix rounded as the export rounds it, before it is cut."""
+def cut_quantized(folder: Path, subnet: SubNetwork) -> PreTrainedModel:
+    """The sub-network with every matrix rounded to the nearest, as an export does, before it is cut."""
     model = _load(folder)
     for index, bits in zip(subnet.layers, subnet.bits, strict=True):
         for module in model.model.layers[index].modules():
             if isinstance(module, nn.Linear):
                 _round(module.weight, bits)
-    _round(model.model.embed_tokens.weight, outer_bits)
+    _round(model.model.embed_tokens.weight, subnet.embed_bits)
     if not model.config.tie_word_embeddings:
-        _round(model.lm_head.weight, outer_bits)
+        _round(model.lm_head.weight, subnet.head_bits)
     return _cut(model, subnet)
 
 
@@ -58,4 +58,4 @@ def _cut(model: PreTrainedModel, subnet: SubNetwork) -> PreTrainedModel:
 
 def _round(weight: nn.Parameter, bits: int) -> None:
     with torch.no_grad():
-        weight.copy_(dequantize(*quantize(weight, bits), bits)[:, : weight.shape[1]])
+        weight.copy_(quantize(weight, bits).values(weight.shape[1]))

@@ -61,8 +61,8 @@ def test_a_slice_agrees_with_the_extracted_model(
 
 def test_int4_rounds_every_matrix_to_four_bits(tiny_export: Export, tiny_model_folder: Path) -> None:
     subnet = SubNetwork((0, 3), (128, 64))
-    four = SubNetwork(subnet.layers, subnet.widths, (4, 4))
-    reference = cut_quantized(tiny_model_folder, four, outer_bits=4)
+    four = SubNetwork(subnet.layers, subnet.widths, (4, 4), (4, 4))
+    reference = cut_quantized(tiny_model_folder, four)
     assert np.abs(fp32_logits(tiny_export, subnet, "int4") - logits(reference, IDS)).max() < 1e-3
 
 
@@ -86,17 +86,19 @@ def test_bf16_computes_what_the_extracted_model_does(
 @pytest.mark.parametrize("family", FAMILIES)
 def test_variants_of_llama(tmp_path: Path, family: str) -> None:
     folder = make_tiny_model(tmp_path / "model", **FAMILIES[family])
-    exported = export(folder, tmp_path / "export")
-    subnet = SubNetwork((0, 2), (128, 64))
-    reference = cut_quantized(folder, subnet)
-    assert np.abs(fp32_logits(exported, subnet) - logits(reference, IDS)).max() < 1e-3
+    exported = export(folder, tmp_path / "export", (4, 8))
+    for outer in ((8, 8), (4, 4), (8, 4)):
+        if outer[0] == outer[1] or family == "untied":
+            subnet = SubNetwork((0, 2), (128, 64), (8, 4), outer)
+            reference = cut_quantized(folder, subnet)
+            assert np.abs(fp32_logits(exported, subnet) - logits(reference, IDS)).max() < 1e-3
 
 
 @pytest.mark.parametrize("family", ["biased llama", "mistral", "qwen2", "qwen3"])
 def test_other_families(tiny_model_folder: Path, tmp_path: Path, family: str) -> None:
     folder = make_relative(tiny_model_folder, tmp_path / "model", family)
-    exported = export(folder, tmp_path / "export")
-    subnet = SubNetwork((0, 2), (128, 64))
+    exported = export(folder, tmp_path / "export", (4, 8))
+    subnet = SubNetwork((0, 2), (128, 64), (8, 4))
     reference = cut_quantized(folder, subnet)
     assert np.abs(fp32_logits(exported, subnet) - logits(reference, IDS)).max() < 1e-3
 

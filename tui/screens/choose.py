@@ -226,7 +226,7 @@ class ChooseStep(Step):
             lines.append(
                 f"On unseen items: {words.percent(score.value)} ({words.interval(score.low, score.high)})."
             )
-            lines += wording.about_winner(data.winner)
+            lines += [*wording.beside_free(data), *wording.about_winner(data.winner)]
         self.query_one("#tests", Line).update("\n".join(lines))
 
     def _pick_again(self) -> None:
