@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any, Literal
 from compressor.errors import PackageError, UnfitMachineError
 
 try:
-    import llguidance
+    llguidance: Any = importlib.import_module("llguidance")
 except ImportError:  # said when something first needs it
     llguidance = None
 

@@ -99,7 +99,8 @@ def _among(*values: Any) -> _Test:
 
 
 _NO_EFFECT: Mapping[str, _Test] = dict.fromkeys(
-    ("user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"), _anything
+    ("user", "metadata", "safety_identifier", "session_id", "prompt_cache_key", "prompt_cache_retention"),
+    _anything,
 ) | {
     "store": _anything,  # nothing is stored, which no answer depends on
     "service_tier": _among("auto", "default"),

@@ -10,8 +10,8 @@ import openai
 import pytest
 
 from serve.settings import Settings
-from tests.conftest import CHAT_TEMPLATE
-from tests.serve.conftest import MODEL_NAME, TOOLS_TEMPLATE, RunningServer
+from tests.conftest import CHAT_TEMPLATE, make_tiny_model
+from tests.serve.conftest import MODEL_NAME, TOOLS_TEMPLATE, RunningServer, whole_package
 from tests.serve.test_operation import post, raw_request
 
 MESSAGES = [{"role": "user", "content": "def make_tiny_model"}]
@@ -189,6 +189,18 @@ def test_a_second_template_is_used_for_tools(changed_package, tiny_package, star
     assert prompt_of(server).startswith("<|im_start|>user")
     assert tokens[1] > tokens[0]
     assert chat(server, tools=[TOOL], tool_choice="required", max_tokens=90)[0] == 200
+
+
+def test_a_vocabulary_larger_than_the_tokenizers_is_held_to_schemas(tmp_path, start_server):
+    """As Qwen's: the logits have a place for tokens that no text has."""
+    package = whole_package(make_tiny_model(tmp_path / "model", vocab_size=640), tmp_path, MODEL_NAME)
+    server = start_server(package)
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": ["Ann", "Bob"]}}}
+    for fields in ({}, {"temperature": 1.5, "seed": 3}):
+        status, answer = chat(server, response_format=form, max_tokens=20, **fields)
+        assert status == 200
+        assert json.loads(answer["choices"][0]["message"]["content"]) in ("Ann", "Bob")
+    assert chat(server, temperature=2, max_tokens=60)[0] == 200
 
 
 def test_variables_reach_the_template(changed_package, start_server):

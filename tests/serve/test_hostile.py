@@ -265,7 +265,7 @@ def test_sigterm_keeps_its_promise_and_streams_end_whole(tiny_package, start_ser
 @pytest.mark.parametrize(
     "template",
     [
-        "{{ 10 ** 10 ** 8 }}",
+        "{{ 10 ** (10 ** 8) }}",
         "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(9) %}{% endfor %}{% endfor %}{% endfor %}",  # noqa: E501
         "{{ 'a' * 10 ** 9 * 9 }}",
         "{% set ns = namespace(s='aaaaaaaa') %}{% for i in range(99) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}{{ ns.s }}",  # noqa: E501
