@@ -5,6 +5,7 @@ BIN    := $(VENV)/bin
 VLLM   := .venv-vllm
 LLAMA  := .venv-llama
 OPTIMUM := .venv-optimum
+CLIENTS := .venv-clients
 DEMO   ?= runs/demo
 # Extra pip options, e.g. PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu" on a CPU box.
 PIP_ARGS ?=
@@ -16,7 +17,7 @@ CUDA   := $(shell command -v nvidia-smi)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 test test-slow test-vllm demo bench%: export HF_HUB_OFFLINE = 1
 
-.PHONY: help setup setup-vllm setup-llama setup-optimum demo test test-slow test-vllm test-optimum check format bench bench-evaluation bench-supernet bench-measure bench-measure-vllm bench-decode-variants bench-gpu bench-search bench-mixed-bits bench-formats bench-llm-int8 bench-comparison bench-serve soak-serve bench-wizard clean
+.PHONY: help setup setup-vllm setup-llama setup-optimum demo test test-slow test-vllm test-optimum check format bench bench-evaluation bench-supernet bench-measure bench-measure-vllm bench-decode-variants bench-gpu bench-search bench-mixed-bits bench-formats bench-llm-int8 bench-comparison bench-serve bench-hostile soak-serve bench-wizard test-clients clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 20
@@ -67,6 +68,15 @@ $(OPTIMUM)/.installed: pyproject.toml constraints-optimum.txt
 
 test-optimum: setup setup-optimum  ## what optimum exports, run in its own environment
 	$(BIN)/python -m pytest -m optimum tests/optimum
+
+# Client libraries pin each other's dependencies: none of them shares our environment.
+$(CLIENTS)/.installed: constraints-clients.txt
+	test -x $(CLIENTS)/bin/python || $(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/pip install -q $(PIP_ARGS) -r constraints-clients.txt
+	touch $@
+
+test-clients: setup $(CLIENTS)/.installed  ## other people's clients against the endpoint, from their own environment
+	$(BIN)/python -m pytest -m clients tests/serve/test_clients.py
 
 # llama.cpp as its users have it: built for this CPU, but for its AMX path, which crashed where it was tried.
 LLAMA_CPU := $(if $(shell grep -m1 avx512_vnni /proc/cpuinfo),$\
@@ -141,6 +151,9 @@ bench-comparison: setup  ## sub-networks beside LLM-Pruner and SliceGPT, at equa
 
 bench-serve: setup setup-vllm $(LLAMA)/bin/llama-server  ## the endpoint beside llama.cpp's server, vLLM's and the bare engine
 	$(BIN)/python benchmarks/endpoint.py
+
+bench-hostile: setup  ## what one hostile client costs the others: the streams' longest gap, their waits
+	$(BIN)/python benchmarks/hostile.py
 
 soak-serve: setup  ## an hour of mixed load on the endpoint
 	$(BIN)/python benchmarks/soak_serve.py

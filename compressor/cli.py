@@ -189,10 +189,11 @@ def compress(
 
 def run_pipeline(asked: dict[str, Any], run: Path | None, resume: bool) -> None:
     from compressor.console import terminal_listener
-    from compressor.request import understand
+    from compressor.request import check_inputs, understand
 
     console = Console()
     path, request = understand(asked, run, resume)
+    check_inputs(request)
     with terminal_listener(console) as listener:
         from compressor.pipeline.run import execute
 

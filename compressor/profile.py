@@ -207,7 +207,7 @@ def _is_path(name_or_path: str) -> bool:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise InputError(
             f"no profile file {path}: give a TOML file or a name of `compress profiles`"

@@ -15,6 +15,7 @@ from compressor.presets import Effort, effort
 from compressor.profile import Profile, load_profile
 from compressor.runfolder import RUN_FILE, RunFolder
 from compressor.supernet.config import Loss, Teacher
+from compressor.supernet.rows import check_file
 from compressor.supernet.subnet_sampling import Recipe, Sampling
 
 Algorithm = Literal["linas", "published", "nsga2", "random"]
@@ -151,6 +152,16 @@ def fresh(asked: Mapping[str, Any]) -> RunRequest:
     preset = str(asked.get("preset", "standard"))
     base = RunRequest(profile=profile, preset=preset, effort=effort(preset))
     return with_flags(base, asked)
+
+
+def check_inputs(request: RunRequest) -> None:
+    """Raise ``InputError`` for a model or data of the user's that the run would fail on later."""
+    from compressor import models
+
+    source = models.resolve(request.model)
+    models.check_engine(source.name, models.read_shape(source), request.profile.engine)
+    if request.train_data:
+        check_file(request.train_data)
 
 
 def updated(stored: RunRequest, asked: Mapping[str, Any], run: Path) -> RunRequest:

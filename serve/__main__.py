@@ -68,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
         dest="request_timeout_seconds",
         help="seconds a request may take [600]",
     )
-    add("--drain-seconds", type=float, help="how long running requests may go on after SIGTERM [30]")
+    add("--drain-seconds", type=float, help="when the server is gone after SIGTERM, whatever still runs [30]")
     add("--max-body-bytes", type=int, help="largest request body [4 MiB]")
     add(
         "--cors-origin",
@@ -77,6 +77,14 @@ def _parser() -> argparse.ArgumentParser:
         metavar="ORIGIN",
         help="origin to allow; repeatable",
     )
+    add(
+        "--allowed-host",
+        action="append",
+        dest="allowed_hosts",
+        metavar="NAME",
+        help="name, beside this machine's own, by which a server without a key may be asked; repeatable",
+    )
+    add("--max-connections", type=int, help="connections at once; half of them from one address [1024]")
     add("--model-name", help="name that clients ask for [the manifest's]")
     return parser
 
@@ -84,8 +92,9 @@ def _parser() -> argparse.ArgumentParser:
 def _settings(flags: argparse.Namespace) -> Settings:
     known = {entry.name for entry in fields(Settings)}
     given = {name: value for name, value in vars(flags).items() if name in known and value is not None}
-    if "cors_origins" in given:
-        given["cors_origins"] = tuple(given["cors_origins"])
+    for name in ("cors_origins", "allowed_hosts"):
+        if name in given:
+            given[name] = tuple(given[name])
     return Settings(**given)
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from importlib.resources import files
+from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
 
+from serve.body import component_schemas
 from serve.chat_completions import chat_routes
 from serve.completions import completion_routes
 from serve.errors import ApiError
@@ -18,6 +19,7 @@ from serve.metrics import CONTENT_TYPE
 from serve.middleware import Gate
 from serve.model_info import info_routes
 from serve.responses import response_routes
+from serve.schemas import ChatBody, CompletionBody, DetokenizeBody, ResponsesBody, TokenizeBody
 from serve.service import Service
 from serve.settings import Settings
 
@@ -29,6 +31,7 @@ def create_app(settings: Settings, service: Service) -> FastAPI:
     app = FastAPI(title="edge-compressor", docs_url=None, redoc_url=None, version="1")
     for routes in (chat_routes, completion_routes, response_routes, info_routes):
         app.include_router(routes(service))
+    _describe_bodies(app)
     _add_operations(app, service)
     _add_error_handlers(app)
     app.add_middleware(Gate, settings=settings, count_reply=service.metrics.count_reply)
@@ -37,6 +40,20 @@ def create_app(settings: Settings, service: Service) -> FastAPI:
             CORSMiddleware, allow_origins=settings.cors_origins, allow_methods=["*"], allow_headers=["*"]
         )
     return app
+
+
+def _describe_bodies(app: FastAPI) -> None:
+    """Bodies are read by ourselves (body.py): the OpenAPI document is told of them here."""
+    make = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        document = make()
+        schemas = document.setdefault("components", {}).setdefault("schemas", {})
+        kinds = [ChatBody, CompletionBody, ResponsesBody, TokenizeBody, DetokenizeBody]
+        schemas.update(component_schemas(kinds))
+        return document
+
+    app.openapi = openapi  # type: ignore[method-assign]
 
 
 def _add_operations(app: FastAPI, service: Service) -> None:
@@ -64,9 +81,9 @@ def _add_error_handlers(app: FastAPI) -> None:
     async def api_error(_: Request, error: ApiError) -> JSONResponse:
         return _reply(error)
 
-    @app.exception_handler(RequestValidationError)
-    async def invalid_body(_: Request, error: RequestValidationError) -> JSONResponse:
-        return _reply(_validation_error(error))
+    @app.exception_handler(RecursionError)
+    async def too_deep(_: Request, __: RecursionError) -> JSONResponse:
+        return _reply(ApiError(400, "the body is nested too deeply"))
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> JSONResponse:
@@ -74,7 +91,10 @@ def _add_error_handlers(app: FastAPI) -> None:
             404: f"there is no {request.url.path}; /v1/chat/completions and /v1/completions answer",
             405: f"{request.method} is not allowed on {request.url.path}",
         }.get(error.status_code, str(error.detail))
-        return _reply(ApiError(error.status_code, message))
+        allow = (error.headers or {}).get("Allow", "")
+        if "GET" in allow.split(", "):
+            allow += ", HEAD"
+        return _reply(ApiError(error.status_code, message, allow=allow or None))
 
     @app.exception_handler(Exception)
     async def unexpected(_: Request, error: Exception) -> JSONResponse:
@@ -84,13 +104,3 @@ def _add_error_handlers(app: FastAPI) -> None:
 
 def _reply(error: ApiError) -> JSONResponse:
     return JSONResponse(error.body, error.status, error.headers)
-
-
-def _validation_error(error: RequestValidationError) -> ApiError:
-    """The first thing wrong, with its place; what was sent is not repeated."""
-    first = error.errors()[0]
-    place = ".".join(str(part) for part in first["loc"] if part != "body")[:200]
-    if first["type"] == "json_invalid":
-        return ApiError(400, "the body is not valid JSON")
-    message = f"{place}: {first['msg']}" if place else f"the body must be a JSON object: {first['msg']}"
-    return ApiError(400, message, param=place or None)

@@ -2,49 +2,46 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
+from serve.body import body_of, post
+from serve.conversation import Conversation, format_schema
 from serve.errors import bad_request
-from serve.grammar import GrammarConstraint
-from serve.prompts import chat_prompt
-from serve.requests import (
-    check_choices,
-    check_model,
-    new_id,
-    repeat,
-    sampling_params,
-    stop_strings,
-    usage_of,
-)
+from serve.reply import json_reply
+from serve.requests import check_choices, check_model, end_tokens, new_id, sampling_params, usage_of
 from serve.sampling import TokenLogprob
 from serve.schemas import ChatBody
-from serve.sequence import Finished, GenerationRequest
+from serve.sequence import Finished
 from serve.service import Completion, Generation, Service
-from serve.streaming import complete_or_leave, event_stream
+from serve.streaming import complete_or_leave, event_stream, unless_gone
 from serve.tokenizer import Tokenizer
-from serve.tools import ToolParser, tool_grammar, wants_tools
+from serve.tools import style_of
 
 
 def chat_routes(service: Service) -> APIRouter:
     router = APIRouter()
 
-    @router.post("/v1/chat/completions")
-    async def create_chat_completion(body: ChatBody, request: Request) -> Response:
+    @post(router, "/v1/chat/completions", ChatBody)
+    async def create_chat_completion(
+        request: Request, body: ChatBody = body_of(ChatBody, service.reading)
+    ) -> Response:
         """Answer a conversation."""
-        _refuse_unsupported(service, body)
-        requests = await _requests(service, body)
-        constraints = await asyncio.to_thread(_constraints, service, body)
-        generation = service.start(requests, constraints)
-        reply = _Reply(service, body)
+        check_model(service, body.model)
+        check_choices(service, body.n or 1, "n")
+        conversation = _conversation(service, body)
+        conversation.check()
+        with service.place(conversation.count) as place:
+            prepared = await unless_gone(request, conversation.prepare(service))
+            generation = place.start(*prepared)
+        reply = _Reply(service, body, conversation)
         if body.stream:
             return event_stream(reply.chunks(generation))
-        return JSONResponse(reply.whole(await complete_or_leave(request, generation)))
+        return await json_reply(reply.whole(await complete_or_leave(request, generation)))
 
     return router
 
@@ -52,12 +49,14 @@ def chat_routes(service: Service) -> APIRouter:
 class _Reply:
     """Builds the reply to one request, whole or in chunks."""
 
-    def __init__(self, service: Service, body: ChatBody) -> None:
+    def __init__(self, service: Service, body: ChatBody, conversation: Conversation) -> None:
         self._tokenizer = service.tokenizer
         self._body = body
         self._head = {"id": new_id("chatcmpl"), "created": int(time.time()), "model": service.name}
-        style = service.package.template.tool_style if service.package.template else ""
-        self._parsers = [ToolParser(style if wants_tools(body) else None) for _ in range(body.n or 1)]
+        style = style_of(service.package.template)
+        self._parsers = [
+            conversation.parser(style, body.parallel_tool_calls) for _ in range(conversation.count)
+        ]
 
     def whole(self, completions: Sequence[Completion]) -> dict[str, Any]:
         choices = []
@@ -91,7 +90,7 @@ class _Reply:
                 for chunk in self._last_chunks(index, event):
                     yield chunk
             elif (content := self._parsers[index].add(event.text)) or event.tokens:
-                yield self._chunk(index, {"content": content}, self._logprobs(event.tokens))
+                yield self._chunk(index, {"content": content}, self._listed(event.tokens))
         if self._body.stream_options and self._body.stream_options.include_usage:
             yield {
                 **self._head,
@@ -115,10 +114,20 @@ class _Reply:
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
         return {**self._head, "object": "chat.completion.chunk", "choices": [choice]}
 
+    def _listed(self, tokens: Sequence[TokenLogprob]) -> dict[str, Any] | None:
+        """Of a chunk, which is encoded at once."""
+        found = self._logprobs(tokens)
+        return found and {**found, "content": list(found["content"])}
+
     def _logprobs(self, tokens: Sequence[TokenLogprob]) -> dict[str, Any] | None:
         if not self._body.logprobs:
             return None
-        return {"content": [_token_entry(self._tokenizer, entry) for entry in tokens], "refusal": None}
+        return {"content": _token_entries(self._tokenizer, tokens), "refusal": None}
+
+
+def _token_entries(tokenizer: Tokenizer, tokens: Sequence[TokenLogprob]) -> Iterator[dict[str, Any]]:
+    """Made one by one while they are encoded: there may be very many."""
+    return (_token_entry(tokenizer, entry) for entry in tokens)
 
 
 def _token_entry(tokenizer: Tokenizer, entry: TokenLogprob) -> dict[str, Any]:
@@ -131,47 +140,22 @@ def _named(tokenizer: Tokenizer, token: int, logprob: float) -> dict[str, Any]:
     return {"token": raw.decode(errors="replace"), "logprob": logprob, "bytes": list(raw)}
 
 
-def _refuse_unsupported(service: Service, body: ChatBody) -> None:
-    check_model(service, body.model)
-    check_choices(service, body.n or 1, "n")
-    if body.top_logprobs is not None and not body.logprobs:
+def _conversation(service: Service, body: ChatBody) -> Conversation:
+    """Raises ``ApiError`` for fields that contradict each other."""
+    if body.top_logprobs and not body.logprobs:
         raise bad_request("top_logprobs needs logprobs to be true", "top_logprobs")
-    if body.tool_choice not in (None, "none", "auto") and not body.tools:
-        raise bad_request("tool_choice needs tools", "tool_choice")
-
-
-def _constraints(service: Service, body: ChatBody) -> list[GrammarConstraint]:
-    """One for each choice, or none. Big schemas take a while to compile."""
-    grammar = _grammar(service, body)
-    return [service.grammars.constraint(grammar) for _ in range(body.n or 1)] if grammar else []
-
-
-def _grammar(service: Service, body: ChatBody) -> str | None:
-    if wants_tools(body) and body.tool_choice not in (None, "auto"):
-        if service.package.template is None:
-            return None
-        return tool_grammar(service.grammars, body, service.package.template.tool_style)
     form = body.response_format
-    if form is None or form.type == "text":
-        return None
-    if form.type == "json_object":
-        return service.grammars.json_object()
-    if form.json_schema is None:
-        raise bad_request("response_format of type json_schema needs json_schema", "response_format")
-    return service.grammars.json_schema(form.json_schema.schema_)
-
-
-async def _requests(service: Service, body: ChatBody) -> list[GenerationRequest]:
-    sampling = sampling_params(body, service.model.vocabulary)
-    prompt = await chat_prompt(service, body.messages, body.tools if wants_tools(body) else None)
-    wanted = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    request = GenerationRequest(
-        prompt=tuple(prompt),
-        sampling=sampling,
-        max_tokens=service.check_tokens(prompt, wanted, "messages"),
-        eos_tokens=frozenset() if body.ignore_eos else service.package.eos_tokens,
-        stops=stop_strings(body),
+    given = form and (form.json_schema.schema_ if form.json_schema else form.schema_)
+    return Conversation(
+        messages=body.messages,
+        sampling=sampling_params(body, service.model.vocabulary),
+        eos_tokens=end_tokens(service, body),
+        tools=body.tools,
+        choice=body.tool_choice,
+        schema=format_schema(form.type, given, "response_format") if form else None,
+        max_tokens=body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens,
+        count=body.n or 1,
+        stops=body.stop or (),
         top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-        deadline=service.deadline(),
+        variables=body.chat_template_kwargs,
     )
-    return repeat(request, body.n or 1)

@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
+from serve.body import body_of, post
 from serve.errors import bad_request
+from serve.reply import json_reply
 from serve.requests import (
     check_choices,
     check_model,
+    end_tokens,
     new_id,
     repeat,
     sampling_params,
-    stop_strings,
     usage_of,
 )
 from serve.sampling import TokenLogprob
 from serve.schemas import CompletionBody
 from serve.sequence import Finished, GenerationRequest
 from serve.service import Completion, Generation, Service
-from serve.streaming import complete_or_leave, event_stream
+from serve.streaming import complete_or_leave, event_stream, unless_gone
 from serve.tokenizer import Tokenizer
 
 DEFAULT_MAX_TOKENS = 16
@@ -32,18 +34,19 @@ DEFAULT_MAX_TOKENS = 16
 def completion_routes(service: Service) -> APIRouter:
     router = APIRouter()
 
-    @router.post("/v1/completions")
-    async def create_completion(body: CompletionBody, request: Request) -> Response:
+    @post(router, "/v1/completions", CompletionBody)
+    async def create_completion(
+        request: Request, body: CompletionBody = body_of(CompletionBody, service.reading)
+    ) -> Response:
         """Continue text."""
         _refuse_unsupported(service, body)
-        prompts = await _prompts(service, body)
-        check_choices(service, len(prompts) * (body.n or 1), "prompt")
-        requests = _requests(service, body, prompts)
+        with service.place(_sequences(service, body)) as place:
+            requests = await unless_gone(request, _prepare(service, body))
+            generation = place.start(requests)
         reply = _Reply(service, body, requests)
-        generation = service.start(requests)
         if body.stream:
             return event_stream(reply.chunks(generation))
-        return JSONResponse(reply.whole(await complete_or_leave(request, generation)))
+        return await json_reply(reply.whole(await complete_or_leave(request, generation)))
 
     return router
 
@@ -90,6 +93,8 @@ class _Reply:
             else:
                 ids = [entry.token for entry in event.tokens]
                 choice = self._choice(index, event.text, list(event.tokens), ids, None)
+                if choice["logprobs"]:  # a chunk is encoded at once
+                    choice["logprobs"] = {name: list(given) for name, given in choice["logprobs"].items()}
             yield {**self._head, "choices": [choice]}
         if self._body.stream_options and self._body.stream_options.include_usage:
             finished = [end for end in ends if end is not None]
@@ -108,20 +113,22 @@ class _Reply:
 def _logprobs(
     tokenizer: Tokenizer, tokens: list[TokenLogprob | None], ids: list[int], offset: int
 ) -> dict[str, Any]:
-    """The four parallel lists of OpenAI's first API; the first token of a prompt has no probability."""
-    names = [token_name(tokenizer, token) for token in ids]
-    offsets = []
-    for token in ids:
-        offsets.append(offset)
-        offset += len(tokenizer.decode([token]))
+    """The four parallel lists of OpenAI's first API, made one by one while they are encoded: there may be
+    very many. The first token of a prompt has no probability."""
     return {
-        "tokens": names,
-        "token_logprobs": [entry and entry.logprob for entry in tokens],
-        "top_logprobs": [
+        "tokens": (token_name(tokenizer, token) for token in ids),
+        "token_logprobs": (entry and entry.logprob for entry in tokens),
+        "top_logprobs": (
             entry and {token_name(tokenizer, token): value for token, value in entry.top} for entry in tokens
-        ],
-        "text_offset": offsets,
+        ),
+        "text_offset": _offsets(tokenizer, ids, offset),
     }
+
+
+def _offsets(tokenizer: Tokenizer, ids: list[int], offset: int) -> Iterator[int]:
+    for token in ids:
+        yield offset
+        offset += len(tokenizer.decode([token]))
 
 
 def token_name(tokenizer: Tokenizer, token: int) -> str:
@@ -143,16 +150,27 @@ def _refuse_unsupported(service: Service, body: CompletionBody) -> None:
         raise bad_request("echo with logprobs can't be streamed: set stream to false", "stream")
 
 
+def _sequences(service: Service, body: CompletionBody) -> int:
+    """How many places in the queue it takes. Raises ``ApiError`` for more than there are."""
+    if not body.prompt:
+        raise bad_request("the prompt is empty: give at least one token", "prompt")
+    one = isinstance(body.prompt, str) or isinstance(body.prompt[0], int)
+    count = (1 if one else len(body.prompt)) * (body.n or 1)
+    check_choices(service, count, "prompt")
+    return count
+
+
+async def _prepare(service: Service, body: CompletionBody) -> list[GenerationRequest]:
+    return _requests(service, body, await _prompts(service, body))
+
+
 async def _prompts(service: Service, body: CompletionBody) -> list[list[int]]:
-    prompt = body.prompt
-    if isinstance(prompt, str):
-        return [await service.encode(prompt, True)]
-    if not prompt:
-        raise bad_request("the prompt is empty: give at least one", "prompt")
-    check_choices(service, 1 if isinstance(prompt[0], int) else len(prompt), "prompt")
-    if isinstance(prompt[0], int):
-        return [list(prompt)]  # type: ignore[arg-type]
-    return [await service.encode(item, True) if isinstance(item, str) else list(item) for item in prompt]  # type: ignore[arg-type]
+    prompt: Any = body.prompt
+    if isinstance(prompt, str) or isinstance(prompt[0], int):
+        prompt = [prompt]
+    return [
+        await service.encode(item, True, "prompt") if isinstance(item, str) else list(item) for item in prompt
+    ]
 
 
 def _requests(
@@ -167,8 +185,8 @@ def _requests(
             prompt=tuple(prompt),
             sampling=sampling,
             max_tokens=service.check_tokens(prompt, wanted, "prompt"),
-            eos_tokens=frozenset() if body.ignore_eos else service.package.eos_tokens,
-            stops=stop_strings(body),
+            eos_tokens=end_tokens(service, body),
+            stops=body.stop or (),
             top_logprobs=body.logprobs,
             score_prompt=bool(body.echo) and body.logprobs is not None,
             score_end=True,

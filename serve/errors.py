@@ -16,6 +16,7 @@ class ApiError(Exception):
         code: str | None = None,
         param: str | None = None,
         retry_after_seconds: int | None = None,
+        allow: str | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
@@ -23,6 +24,7 @@ class ApiError(Exception):
         self.code = code
         self.param = param and _printable(param)
         self.retry_after_seconds = retry_after_seconds
+        self._allow = allow
 
     @property
     def body(self) -> dict[str, Any]:
@@ -34,6 +36,8 @@ class ApiError(Exception):
     def headers(self) -> dict[str, str]:
         if self.status == 401:
             return {"WWW-Authenticate": "Bearer"}
+        if self._allow is not None:
+            return {"Allow": self._allow}
         if self.retry_after_seconds is not None:
             return {"Retry-After": str(self.retry_after_seconds)}
         return {}
@@ -45,6 +49,11 @@ _KINDS = {401: "authentication_error", 404: "not_found_error", 408: "timeout_err
 def _printable(text: str) -> str:
     """Messages quote what clients sent, lone surrogates too; replies are UTF-8."""
     return text.encode("utf-8", "replace").decode()
+
+
+def loggable(text: str) -> str:
+    """What comes from strangers, for the log: no control characters, and no novels."""
+    return "".join(character if character.isprintable() else "?" for character in text[:200])
 
 
 def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:

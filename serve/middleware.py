@@ -1,4 +1,4 @@
-"""What every request passes first: the key, the size of its body, the time it may take to send it."""
+"""What every request passes first: host, key, the size of its body, the time it may take to send it."""
 
 from __future__ import annotations
 
@@ -8,17 +8,19 @@ import hmac
 import json
 import logging
 import time
+import zlib
 from collections.abc import Callable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve.errors import ApiError
+from serve.errors import ApiError, loggable
 from serve.settings import Settings
 
 access_log = logging.getLogger("serve.access")
 
 OPEN_PATHS = ("/", "/health")
-BODY_SECONDS = 60.0
+BODY_SECONDS = 30.0
+GZIP = 31  # zlib's name for the format
 DISCARD_SECONDS = 5.0
 
 
@@ -27,6 +29,7 @@ class Gate:
 
     def __init__(self, app: ASGIApp, settings: Settings, count_reply: Callable[[int], None]) -> None:
         self._app = app
+        self._settings = settings
         self._key = settings.api_key
         self._max_body_bytes = settings.max_body_bytes
         self._count_reply = count_reply
@@ -47,7 +50,7 @@ class Gate:
         try:
             self._check(scope)
             body = await self._read_body(scope, receive)
-            await self._app(scope, _replay(body, receive), watched_send)
+            await self._app(_as_get(scope), _replay(body, receive), _for_version(scope, watched_send))
         except ApiError as error:
             if error.status == 413:
                 await _discard(receive)
@@ -55,11 +58,24 @@ class Gate:
         finally:
             self._count_reply(status)
             seconds = time.monotonic() - began
-            access_log.info("%s %s %d %.3fs", scope["method"], _printable(scope["path"]), status, seconds)
+            access_log.info("%s %s %d %.3fs", scope["method"], loggable(scope["path"]), status, seconds)
 
     def _check(self, scope: Scope) -> None:
         """Raises ``ApiError`` for a request without the key or with a body that is announced too big."""
         headers = dict(scope["headers"])
+        host = headers.get(b"host", b"localhost").decode("latin-1")
+        if not self._settings.answers_to(host):
+            raise ApiError(
+                403,
+                f"this server answers to this machine's own names, not to '{loggable(host)}': start it with "
+                "--allowed-host or --api-key",
+                code="host_not_allowed",
+            )
+        encoding = headers.get(b"content-encoding", b"identity").decode("latin-1").strip().lower()
+        if encoding not in ("identity", "gzip", ""):
+            raise ApiError(
+                415, f"bodies with content-encoding '{loggable(encoding)}' are not taken: send gzip or plain"
+            )
         if self._key is not None and scope["path"] not in OPEN_PATHS and scope["method"] != "OPTIONS":
             scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
             if scheme.lower() != b"bearer" or not hmac.compare_digest(given.strip(), self._key.encode()):
@@ -76,6 +92,7 @@ class Gate:
             return b""
         chunks: list[bytes] = []
         size = 0
+        unzip = _unzipper(scope)
         try:
             async with asyncio.timeout(BODY_SECONDS):
                 more = True
@@ -83,17 +100,65 @@ class Gate:
                     message = await receive()
                     if message["type"] == "http.disconnect":
                         raise ApiError(499, "the client left")
-                    chunks.append(message.get("body", b""))
+                    chunks.append(self._plain(unzip, message.get("body", b"")))
                     size += len(chunks[-1])
                     if size > self._max_body_bytes:
                         raise self._too_big()
                     more = message.get("more_body", False)
         except TimeoutError:
             raise ApiError(408, f"the body did not arrive within {BODY_SECONDS:.0f} s") from None
+        if unzip is not None and not unzip.eof:
+            raise _not_gzip()
         return b"".join(chunks)
+
+    def _plain(self, unzip: zlib._Decompress | None, data: bytes) -> bytes:
+        """A piece of the body, never more of it than allowed in all."""
+        if unzip is None:
+            return data
+        try:
+            return unzip.decompress(data, self._max_body_bytes + 1)
+        except zlib.error:
+            raise _not_gzip() from None
 
     def _too_big(self) -> ApiError:
         return ApiError(413, f"the body is larger than {self._max_body_bytes} bytes: send less")
+
+
+def _unzipper(scope: Scope) -> zlib._Decompress | None:
+    encoding = dict(scope["headers"]).get(b"content-encoding", b"").strip().lower()
+    return zlib.decompressobj(GZIP) if encoding == b"gzip" else None
+
+
+def _not_gzip() -> ApiError:
+    return ApiError(400, "the body is not gzip, which its content-encoding says")
+
+
+def _as_get(scope: Scope) -> Scope:
+    """HEAD is answered wherever GET is; uvicorn leaves the body out."""
+    return {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
+
+
+def _for_version(scope: Scope, send: Send) -> Send:
+    """HTTP/1.0 knows no chunks: its replies are sent whole, with their length."""
+    if scope["http_version"] != "1.0":
+        return send
+    start: Message = {}
+    parts: list[bytes] = []
+
+    async def whole(message: Message) -> None:
+        nonlocal start
+        if message["type"] == "http.response.start":
+            start = message
+            return
+        parts.append(message.get("body", b""))
+        if not message.get("more_body", False):
+            body = b"".join(parts)
+            length = (b"content-length", str(len(body)).encode())
+            others = [entry for entry in start.get("headers", []) if entry[0].lower() != b"content-length"]
+            await send({**start, "headers": [*others, length]})
+            await send({"type": "http.response.body", "body": body})
+
+    return whole
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
@@ -123,8 +188,3 @@ async def _send_error(error: ApiError, send: Send) -> None:
     raw = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
     await send({"type": "http.response.start", "status": error.status, "headers": raw})
     await send({"type": "http.response.body", "body": json.dumps(error.body).encode()})
-
-
-def _printable(path: str) -> str:
-    """Paths come from strangers: no control characters in the log, and no novels."""
-    return "".join(character if character.isprintable() else "?" for character in path[:200])

@@ -5,12 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import APIRouter
+from fastapi.responses import Response
 
+from serve.body import body_of, post
 from serve.errors import bad_request
 from serve.prompts import chat_prompt
+from serve.reply import json_reply
 from serve.requests import check_model
 from serve.schemas import DetokenizeBody, TokenizeBody
 from serve.service import Service
+
+MAX_TOKENS_SHOWN = 250_000
 
 
 def info_routes(service: Service) -> APIRouter:
@@ -27,8 +32,8 @@ def info_routes(service: Service) -> APIRouter:
         check_model(service, name)
         return _model(service)
 
-    @router.post("/tokenize")
-    async def tokenize(body: TokenizeBody) -> dict[str, Any]:
+    @post(router, "/tokenize", TokenizeBody)
+    async def tokenize(body: TokenizeBody = body_of(TokenizeBody, service.reading)) -> Response:
         """Token ids of text, or of messages through the chat template."""
         check_model(service, body.model)
         if (body.prompt is None) == (body.messages is None):
@@ -36,16 +41,17 @@ def info_routes(service: Service) -> APIRouter:
         if body.messages is not None:
             tokens = await chat_prompt(service, body.messages)
         else:
-            tokens = await service.encode(body.prompt or "", body.add_special_tokens)
-        return {"tokens": tokens, "count": len(tokens), "max_model_len": service.context}
+            special = body.add_special_tokens is not False
+            tokens = await service.encode(body.prompt or "", special, "prompt", MAX_TOKENS_SHOWN)
+        return await json_reply({"tokens": tokens, "count": len(tokens), "max_model_len": service.context})
 
-    @router.post("/detokenize")
-    async def detokenize(body: DetokenizeBody) -> dict[str, Any]:
+    @post(router, "/detokenize", DetokenizeBody)
+    async def detokenize(body: DetokenizeBody = body_of(DetokenizeBody, service.reading)) -> Response:
         """Text of token ids."""
         check_model(service, body.model)
         if body.tokens and max(body.tokens) >= service.model.vocabulary:
             raise bad_request(f"token ids must be below {service.model.vocabulary}", "tokens")
-        return {"prompt": service.tokenizer.decode(body.tokens, skip_special_tokens=False)}
+        return await json_reply({"prompt": await service.decode(body.tokens, skip_special_tokens=False)})
 
     return router
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from compressor.chat_template import ChatTemplates, read_templates
 from compressor.errors import PackageError
 from compressor.int8_cache import SCALES_FILE, CacheScales
 from compressor.manifest import CacheNumerics, Manifest, read_manifest
-from serve.chat import ChatTemplate, read_chat_template
 from serve.tokenizer import Tokenizer
 
 
@@ -25,7 +25,7 @@ class ServedPackage:
     head_dim: int
     eos_tokens: frozenset[int]
     tokenizer: Tokenizer
-    template: ChatTemplate | None
+    template: ChatTemplates | None
 
     def cache_scales(self, kv_cache: CacheNumerics | None = None) -> CacheScales | None:
         """For keys and values in INT8, if they are asked for or the package was measured with them; else
@@ -50,7 +50,7 @@ def open_package(folder: Path) -> ServedPackage:
         head_dim=int(decoder["head_size"]),
         eos_tokens=_token_set(model.get("eos_token_id")),
         tokenizer=Tokenizer(folder / "tokenizer.json"),
-        template=read_chat_template(folder),
+        template=read_templates(folder),
     )
 
 

@@ -39,10 +39,10 @@ def sampling_params(body: SamplingFields, vocabulary: int) -> SamplingParams:
     )
 
 
-def stop_strings(body: SamplingFields) -> Sequence[str]:
-    if body.stop is None:
-        return ()
-    return (body.stop,) if isinstance(body.stop, str) else tuple(body.stop)
+def end_tokens(service: Service, body: SamplingFields) -> frozenset[int]:
+    """The tokens that end the text: the model's and those asked for."""
+    own = frozenset() if body.ignore_eos else service.package.eos_tokens
+    return own | frozenset(body.stop_token_ids or ())
 
 
 def repeat(request: GenerationRequest, times: int) -> list[GenerationRequest]:

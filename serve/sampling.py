@@ -28,7 +28,7 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TokenLogprob:
     """A token with its log-probability (natural), and the likeliest alternatives, best first."""
 

@@ -24,6 +24,12 @@ from serve.sequence import SequenceState
 log = logging.getLogger("serve.scheduler")
 
 SCORED_CHUNK_TOKENS = 64  # logits of every position are kept: vocabulary x 4 bytes a token
+SCORED_BESIDE_TOKENS = 16  # while others wait: each position costs a look at the whole vocabulary
+
+
+def _urgency(sequence: SequenceState) -> tuple[bool, float]:
+    """Who is read first: scoring a prompt takes so long that the others would wait for minutes."""
+    return sequence.request.score_prompt, sequence.times.submitted
 
 
 @dataclass
@@ -57,6 +63,7 @@ class Scheduler:
         self._model = model
         self._queue_limit = queue_limit
         self._waiting: deque[SequenceState] = deque()
+        self._reserved = 0  # places of requests that are being prepared
         self._changed = threading.Condition()
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="batching", daemon=True)
@@ -78,19 +85,34 @@ class Scheduler:
     def start(self) -> None:
         self._thread.start()
 
-    def submit(self, sequences: list[SequenceState]) -> None:
-        """Queue sequences, all or none. Raises ``ApiError`` 429 if the queue is full, 503 when closing."""
+    def reserve(self, count: int) -> None:
+        """Hold places for sequences yet to be prepared, which costs time too; ``submit`` or ``give_up`` them.
+
+        Raises ``ApiError`` 429 if the queue is full, 503 when closing.
+        """
         with self._changed:
-            if self._closing:
-                raise ApiError(503, "the server is shutting down: ask another one")
+            self._refuse_when_closing()
             free = len(self._model.cache.rows) - self.rows.active
-            if len(self._waiting) + len(sequences) > self._queue_limit + max(free, 0):
+            waiting = len(self._waiting) + self._reserved
+            if waiting + count > self._queue_limit + max(free, 0):
                 raise ApiError(
                     429,
-                    f"{len(self._waiting)} requests wait already: try again later",
+                    f"{waiting} requests wait already: try again later",
                     code="queue_full",
                     retry_after_seconds=self._expected_wait_seconds(),
                 )
+            self._reserved += count
+
+    def give_up(self, count: int) -> None:
+        """Places that nothing came for."""
+        with self._changed:
+            self._reserved -= count
+
+    def submit(self, sequences: list[SequenceState]) -> None:
+        """Queue sequences in places that were reserved for them. Raises ``ApiError`` 503 when closing."""
+        with self._changed:
+            self._refuse_when_closing()
+            self._reserved -= len(sequences)
             self._waiting.extend(sequences)
             self._changed.notify()
 
@@ -101,15 +123,25 @@ class Scheduler:
         with self._changed:
             self._changed.notify()
 
-    def close(self, drain_seconds: float) -> None:
-        """Refuse what is new, finish what runs for up to ``drain_seconds``, then cancel it."""
+    def drain(self) -> None:
+        """Refuse what is new; what runs goes on."""
         with self._changed:
             self._closing = True
             self._changed.notify()
-        self._thread.join(drain_seconds)
-        for sequence in [*self._waiting, *self.rows.sequences]:
-            sequence.cancelled = True
-        self._thread.join(10)
+
+    def cancel_all(self) -> None:
+        """End what runs and what waits with an error."""
+        self.cancel([*self._waiting, *self.rows.sequences])
+
+    def close(self, seconds: float) -> None:
+        """End everything, waiting up to ``seconds`` for the thread to notice."""
+        self.drain()
+        self.cancel_all()
+        self._thread.join(seconds)
+
+    def _refuse_when_closing(self) -> None:
+        if self._closing:
+            raise ApiError(503, "the server is shutting down: ask another one")
 
     def _run(self) -> None:
         while True:
@@ -129,7 +161,7 @@ class Scheduler:
         self._reap()
         self._admit()
         if self.rows.prefilling:
-            self._prefill(min(self.rows.prefilling, key=lambda sequence: sequence.times.submitted))
+            self._prefill(min(self.rows.prefilling, key=_urgency))
             self._admit()  # what came meanwhile
         if self.rows.decoding and not self._only_begun():
             self._decode()
@@ -226,7 +258,8 @@ class Scheduler:
     def _chunk_tokens(self, sequence: SequenceState, waiting: int) -> int:
         tokens = self._pace.chunk(waiting, len(self.rows.prefilling))
         if sequence.request.score_prompt:
-            return min(tokens, SCORED_CHUNK_TOKENS) if self._model.scores_chunks else 1
+            most = SCORED_BESIDE_TOKENS if waiting else SCORED_CHUNK_TOKENS
+            return min(tokens, most) if self._model.scores_chunks else 1
         return tokens
 
     def _decode(self) -> None:
@@ -243,6 +276,9 @@ class Scheduler:
         """Choose a sequence's next token; one that can't go on leaves, the others don't notice."""
         try:
             sequence.advance(logits)
+        except ApiError as error:  # a grammar that can't be followed any further
+            self.counters.failed += 1
+            sequence.fail(error)
         except Exception as error:
             log.exception("choosing a token failed")
             self.counters.failed += 1
@@ -254,7 +290,7 @@ class Scheduler:
     def _fail_all(self, error: Exception) -> None:
         for sequence in self.rows.sequences:
             self.counters.failed += 1
-            sequence.fail(ApiError(500, f"the engine failed: {str(error).splitlines()[0]}"))
+            sequence.fail(ApiError(500, f"the engine failed: {(str(error).splitlines() or ['?'])[0]}"))
         self.rows.drop_all()
 
     def _expected_wait_seconds(self) -> int:

@@ -1,149 +1,245 @@
-"""Bodies of requests, as OpenAI's API defines them. Unknown fields are ignored, wrong types refused."""
+"""Bodies of requests, as OpenAI's API defines them. Wrong types and unknown fields are refused by name."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from serve.fields import FewEntries, Integer, ListOf, OneOf, Stop
 
 MAX_CHOICES = 16
-MAX_STOPS = 16
 MAX_TOP_LOGPROBS = 20
 MAX_TOKENS = 2**31 - 1
 MAX_SEED = 2**63 - 1
+MAX_BIASES = 1024
+MAX_TOOLS = 128
 
-StopString = Annotated[str, StringConstraints(min_length=1, max_length=256)]
-Stop = StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None
-TokenIds = Annotated[list[Annotated[int, Field(ge=0, le=MAX_TOKENS)]], Field(min_length=1)]
+Count = Annotated[Integer, Field(ge=1, le=MAX_TOKENS)]
+TokenId = Annotated[int, Field(ge=0, le=MAX_TOKENS)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
-class Body(BaseModel):
+class Part(BaseModel):
+    """What stands inside a body: further keys are read over, as clients echo what they were sent."""
+
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
 
 
-class StreamOptions(Body):
-    include_usage: bool = False
+class Body(BaseModel):
+    """A whole body. ``fields.py`` says what becomes of fields that stand in no model."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
+
+    model: str | None = None
+
+
+class StreamOptions(Part):
+    include_usage: bool | None = None
 
 
 class SamplingFields(Body):
     """What every way of generating shares."""
 
-    model: str | None = None
     temperature: float | None = Field(None, ge=0, le=100)
     top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=-1, le=MAX_TOKENS)
+    top_k: Integer | None = Field(None, ge=-1, le=MAX_TOKENS)
     min_p: float | None = Field(None, ge=0, le=1)
-    seed: int | None = Field(None, ge=-MAX_SEED, le=MAX_SEED)
+    seed: Integer | None = Field(None, ge=-MAX_SEED, le=MAX_SEED)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(None, max_length=1024)
-    stop: Stop = None
-    n: int | None = Field(None, ge=1, le=MAX_CHOICES)
+    logit_bias: Annotated[dict[str, Bias], FewEntries(MAX_BIASES)] | None = None
+    stop: Stop | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=64, fail_fast=True)] | None = None
+    n: Integer | None = Field(None, ge=1, le=MAX_CHOICES)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    ignore_eos: bool = False
-    user: str | None = None
+    ignore_eos: bool | None = None
 
 
 class CompletionBody(SamplingFields):
-    prompt: str | list[str] | TokenIds | list[TokenIds]
-    max_tokens: int | None = Field(None, ge=0, le=MAX_TOKENS)
+    prompt: Annotated[
+        str | ListOf[str] | TokenIds | ListOf[TokenIds],
+        OneOf("text, token ids, or a list of either"),
+    ]
+    max_tokens: Integer | None = Field(None, ge=0, le=MAX_TOKENS)
     echo: bool | None = None
-    logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
-    best_of: int | None = Field(None, ge=1, le=MAX_CHOICES)
+    logprobs: Integer | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    best_of: Integer | None = Field(None, ge=1, le=MAX_CHOICES)
     suffix: str | None = None
 
 
-class TextPart(Body):
+class TextPart(Part):
     type: str
     text: str | None = None
 
 
-class ToolCallFunction(Body):
+Content = Annotated[str | ListOf[TextPart], OneOf("text or a list of parts")]
+
+
+class ToolCallFunction(Part):
     name: str
-    arguments: str
+    arguments: str | dict[str, Any] | None = None
 
 
-class ToolCall(Body):
+class ToolCall(Part):
     id: str | None = None
     type: Literal["function"] = "function"
     function: ToolCallFunction
 
 
-class Message(Body):
+class Message(Part):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: Content | None = None
     name: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: ListOf[ToolCall] | None = None
     tool_call_id: str | None = None
 
 
-class ToolFunction(Body):
+Messages = Annotated[ListOf[Message], Field(min_length=1)]
+
+
+class ToolFunction(Part):
     name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
 
 
-class Tool(Body):
+class Tool(Part):
     type: Literal["function"]
     function: ToolFunction
 
 
-class NamedFunction(Body):
+class NamedFunction(Part):
     name: str
 
 
-class NamedTool(Body):
+class NamedTool(Part):
     type: Literal["function"]
     function: NamedFunction
 
 
-class JsonSchemaFormat(Body):
+Tools = Annotated[ListOf[Tool], Field(max_length=MAX_TOOLS)]
+ToolChoice = Annotated[
+    Literal["none", "auto", "required"] | NamedTool,
+    OneOf("'none', 'auto', 'required' or a function of tools"),
+]
+
+
+class JsonSchemaFormat(Part):
     name: str | None = None
-    schema_: dict[str, Any] = Field(alias="schema")
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
     strict: bool | None = None
 
 
-class ResponseFormat(Body):
+class ResponseFormat(Part):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchemaFormat | None = None
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
 
 
 class ChatBody(SamplingFields):
-    messages: list[Message] = Field(min_length=1)
-    max_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
-    max_completion_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
+    messages: Messages
+    max_tokens: Count | None = None
+    max_completion_tokens: Count | None = None
     logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    top_logprobs: Integer | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     response_format: ResponseFormat | None = None
-    tools: list[Tool] | None = Field(None, max_length=128)
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tools: Tools | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    chat_template_kwargs: Annotated[dict[str, Any], FewEntries(64)] | None = None
 
 
-class ResponsesInput(Body):
+def _typed(item: Any) -> Any:
+    """An input item without a type is a message; its role says so."""
+    return {"type": "message", **item} if isinstance(item, dict) and "role" in item else item
+
+
+class InputMessage(Part):
+    type: Literal["message"]
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
-    type: Literal["message"] = "message"
+    content: Content
+
+
+class InputCall(Part):
+    type: Literal["function_call"]
+    call_id: str
+    name: str
+    arguments: str | None = None
+
+
+class InputResult(Part):
+    type: Literal["function_call_output"]
+    call_id: str
+    output: Content
+
+
+class InputReasoning(Part):
+    """Thoughts that a client sends back; the model is not shown them."""
+
+    type: Literal["reasoning"]
+
+
+InputItem = Annotated[
+    InputMessage | InputCall | InputResult | InputReasoning,
+    Field(discriminator="type"),
+    BeforeValidator(_typed),
+]
+
+
+class FunctionTool(Part):
+    type: Literal["function"]
+    name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class NamedFunctionTool(Part):
+    type: Literal["function"]
+    name: str
+
+
+class TextFormat(Part):
+    type: Literal["text", "json_object", "json_schema"]
+    name: str | None = None
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    strict: bool | None = None
+
+
+class TextSettings(Part):
+    format: TextFormat | None = None
 
 
 class ResponsesBody(Body):
-    model: str | None = None
-    input: str | Annotated[list[ResponsesInput], Field(min_length=1)]
+    input: Annotated[
+        str | Annotated[ListOf[InputItem], Field(min_length=1)], OneOf("text or a list of items")
+    ]
     instructions: str | None = None
-    max_output_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
+    max_output_tokens: Count | None = None
     temperature: float | None = Field(None, ge=0, le=100)
     top_p: float | None = Field(None, gt=0, le=1)
     stream: bool | None = None
+    text: TextSettings | None = None
+    tools: Annotated[ListOf[FunctionTool], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: (
+        Annotated[
+            Literal["none", "auto", "required"] | NamedFunctionTool,
+            OneOf("'none', 'auto', 'required' or a function of tools"),
+        ]
+        | None
+    ) = None
+    parallel_tool_calls: bool | None = None
 
 
 class TokenizeBody(Body):
-    model: str | None = None
     prompt: str | None = None
-    messages: list[Message] | None = Field(None, min_length=1)
-    add_special_tokens: bool = True
+    messages: Messages | None = None
+    add_special_tokens: bool | None = None
 
 
 class DetokenizeBody(Body):
-    model: str | None = None
-    tokens: list[Annotated[int, Field(ge=0, le=MAX_TOKENS)]]
+    tokens: Annotated[list[TokenId], Field(fail_fast=True)]

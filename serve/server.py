@@ -7,6 +7,7 @@ import logging
 import signal
 import socket
 import sys
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -15,6 +16,8 @@ from fastapi import FastAPI
 
 from compressor.errors import InputError
 from serve.app import create_app
+from serve.connections import allow_files, protocol
+from serve.errors import loggable
 from serve.model import share_resources
 from serve.service import Service
 from serve.settings import Settings
@@ -22,7 +25,10 @@ from serve.settings import Settings
 log = logging.getLogger("serve")
 
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
-MAX_CONNECTIONS = 1024
+BACKLOG = 1024
+SWITCH_SECONDS = 0.001
+"""How long a thread that computes in Python may keep the interpreter from the others: the batching thread
+asks for it several times a token."""
 
 
 def run(settings: Settings) -> None:
@@ -35,11 +41,12 @@ def run(settings: Settings) -> None:
     app.router.lifespan_context = _lifespan(service)
     gc.collect()
     gc.freeze()  # what lives as long as the server is not looked through again while tokens wait
-    listener.listen(MAX_CONNECTIONS)
+    sys.setswitchinterval(SWITCH_SECONDS)
+    listener.listen(BACKLOG)
     port = listener.getsockname()[1]
     log.info(
         "%s at http://%s:%d/v1: context %d tokens, %d sequences at once, cache of %d tokens (%d MiB)",
-        service.name,
+        loggable(service.name),
         settings.host,
         port,
         service.context,
@@ -51,13 +58,27 @@ def run(settings: Settings) -> None:
         app,
         log_level="warning",
         access_log=False,
-        limit_concurrency=MAX_CONNECTIONS,
+        http=protocol(allow_files(settings.max_connections)),
         timeout_keep_alive=30,
-        timeout_graceful_shutdown=int(settings.drain_seconds) + 5,
     )
     for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn drains, then raises the signal again
         signal.signal(number, _leave)
-    uvicorn.Server(config).run(sockets=[listener])
+    _Server(config, service).run(sockets=[listener])
+
+
+class _Server(uvicorn.Server):
+    """Keeps the promise that it is gone within the drain's time, whatever runs when it is asked to leave."""
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self._service = service
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        began = time.monotonic()
+        self._service.drain()
+        left = self._service.settings.drain_seconds - (time.monotonic() - began)
+        self.config.timeout_graceful_shutdown = max(0.1, left)  # type: ignore[assignment]
+        await super().shutdown(sockets)
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -81,7 +102,8 @@ def _leave(*_: object) -> None:
 def _lifespan(service: Service):  # type: ignore[no-untyped-def]
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        await service.open()
         yield
-        service.close()
+        await service.close()
 
     return lifespan

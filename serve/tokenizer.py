@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one text at a time: threads would only cost
+
+from tokenizers import Encoding
 from tokenizers import Tokenizer as HuggingFaceTokenizer
 from tokenizers.decoders import DecodeStream
 
 from compressor.errors import PackageError
-from serve.errors import bad_request
+from serve.errors import ApiError, bad_request
 
 
 class Tokenizer:
@@ -27,18 +31,36 @@ class Tokenizer:
     def size(self) -> int:
         return int(self._backend.get_vocab_size())
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of ``text``. Raises ``ApiError`` for text that is not Unicode (lone surrogates)."""
+    def encode(self, text: str, add_special_tokens: bool = True, most: int | None = None) -> list[int]:
+        """Token ids of ``text``; other threads go on meanwhile.
+
+        Raises ``ApiError`` for text that is not Unicode (lone surrogates), and for more than ``most`` tokens,
+        which is found out early: of text far too long only the beginning is looked at.
+        """
         try:
             text.encode()
         except UnicodeEncodeError:
             raise bad_request(
                 "the text holds a lone surrogate, which is not valid Unicode: remove it"
             ) from None
-        return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
+        length = 2 * most if most else len(text)
+        while length < len(text):
+            if most and len(self._encode(text[:length], add_special_tokens)) > most + most // 8 + 64:
+                raise _too_long(most)  # the rest could take back a few of these tokens, at the cut
+            length *= 2
+        encoding = self._encode(text, add_special_tokens)
+        if most and len(encoding) > most:
+            raise _too_long(most, len(encoding))
+        return list(encoding.ids)
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
-        return str(self._backend.decode(ids, skip_special_tokens=skip_special_tokens))
+        """Text of tokens; other threads go on meanwhile."""
+        (text,) = self._backend.decode_batch([ids], skip_special_tokens=skip_special_tokens)
+        return str(text)
+
+    def _encode(self, text: str, add_special_tokens: bool) -> Encoding:
+        (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        return encoding
 
     def stream(self) -> TextStream:
         return TextStream(self._backend)
@@ -51,6 +73,13 @@ class Tokenizer:
         if all(character in _BYTE_OF for character in name):
             return bytes(_BYTE_OF[character] for character in name)
         return self.decode([token], skip_special_tokens=False).encode()
+
+
+def _too_long(most: int, tokens: int | None = None) -> ApiError:
+    has = f"more than {most}" if tokens is None else tokens
+    return bad_request(
+        f"the text has {has} tokens and at most {most} fit: shorten it", code="context_length_exceeded"
+    )
 
 
 class TextStream:
@@ -71,8 +100,8 @@ class TextStream:
 
     def flush(self) -> str:
         """What is left when no token follows: an incomplete character, as the replacement character."""
-        whole = str(self._backend.decode(self._ids, skip_special_tokens=True))
-        return whole[self._length :]
+        (whole,) = self._backend.decode_batch([self._ids], skip_special_tokens=True)
+        return str(whole)[self._length :]
 
 
 def _byte_characters() -> dict[str, int]:

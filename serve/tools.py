@@ -4,55 +4,109 @@ from __future__ import annotations
 
 import json
 import uuid
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
+from compressor.chat_template import ChatTemplates
 from serve.errors import bad_request
-from serve.grammar import Grammars
-from serve.schemas import ChatBody, NamedTool
+from serve.schemas import NamedTool, Tool
 from serve.stops import StopMatcher
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 
+Style = Literal["hermes", "json"]
+"""How a model writes a call: in <tool_call> tags, or as a bare object."""
 
-def wants_tools(body: ChatBody) -> bool:
-    return bool(body.tools) and body.tool_choice != "none"
+Choice = Literal["none", "auto", "required"] | NamedTool | None
 
 
-def tool_grammar(grammars: Grammars, body: ChatBody, style: str) -> str:
-    """A grammar for exactly one call, of the named tool or of any. Raises ``ApiError``."""
-    tools = body.tools or []
-    if isinstance(body.tool_choice, NamedTool):
-        wanted = body.tool_choice.function.name
-        tools = [tool for tool in tools if tool.function.name == wanted]
-        if not tools:
-            raise bad_request(f"tool_choice names '{wanted[:64]}', which is not among tools", "tool_choice")
+def style_of(templates: ChatTemplates | None) -> Style:
+    """As its template has it; a template without tools gets ours."""
+    if templates is None or not templates.takes_tools:
+        return "hermes"
+    return "hermes" if OPEN in templates.source(tools=True) else "json"
+
+
+def must_call(tools: Sequence[Tool] | None, choice: Choice) -> bool:
+    """Whether the reply has to be a call."""
+    return bool(tools) and choice not in (None, "auto", "none")
+
+
+def check_choice(tools: Sequence[Tool] | None, choice: Choice) -> None:
+    """Raises ``ApiError`` for a choice among tools that aren't there."""
+    if choice in (None, "none", "auto"):
+        return
+    if not tools:
+        raise bad_request("tool_choice needs tools", "tool_choice")
+    if isinstance(choice, NamedTool):
+        _named(tools, choice.function.name)
+
+
+def call_schema(tools: Sequence[Tool], choice: Choice, style: Style) -> dict[str, Any]:
+    """The JSON schema of exactly one call, of the named tool or of any. Raises ``ApiError``."""
+    if isinstance(choice, NamedTool):
+        tools = [_named(tools, choice.function.name)]
     key = "arguments" if style == "hermes" else "parameters"
     calls = [
         {
             "type": "object",
-            "properties": {
-                "name": {"const": tool.function.name},
-                key: tool.function.parameters or {"type": "object"},
-            },
+            "properties": {"name": {"const": tool.function.name}, key: _parameters(tool)},
             "required": ["name", key],
             "additionalProperties": False,
         }
         for tool in tools
     ]
-    return grammars.tagged_json(
-        {"anyOf": calls}, *((f"{OPEN}\n", f"\n{CLOSE}") if style == "hermes" else ("", ""))
+    return calls[0] if len(calls) == 1 else {"anyOf": calls}
+
+
+def tags(style: Style) -> tuple[str, str]:
+    """What stands before and after a call."""
+    return (f"{OPEN}\n", f"\n{CLOSE}") if style == "hermes" else ("", "")
+
+
+def describe_tools(functions: Sequence[Mapping[str, Any]]) -> str:
+    """The tools in words, for a model whose template has no place for them."""
+    lines = "\n".join(json.dumps(function["function"], ensure_ascii=False) for function in functions)
+    return (
+        f"You can call these functions, each given as JSON:\n{lines}\n\n"
+        "To call one, answer with nothing but\n"
+        f'{OPEN}\n{{"name": "the function\'s name", "arguments": {{...}}}}\n{CLOSE}\n'
+        "You are then told its result. If none helps, answer in words."
     )
+
+
+def write_call(function: Mapping[str, Any]) -> str:
+    """A call of an earlier turn, as ``describe_tools`` asks for it."""
+    call = {"name": function["name"], "arguments": function["arguments"]}
+    return f"{OPEN}\n{json.dumps(call, ensure_ascii=False)}\n{CLOSE}"
+
+
+def write_result(content: str) -> str:
+    return f"<tool_response>\n{content}\n</tool_response>"
+
+
+def _named(tools: Sequence[Tool], wanted: str) -> Tool:
+    found = next((tool for tool in tools if tool.function.name == wanted), None)
+    if found is None:
+        raise bad_request(f"tool_choice names '{wanted[:64]}', which is not among tools", "tool_choice")
+    return found
+
+
+def _parameters(tool: Tool) -> dict[str, Any]:
+    """A tool without parameters is called with none."""
+    return tool.function.parameters or {"type": "object", "properties": {}, "additionalProperties": False}
 
 
 class ToolParser:
     """Splits generated text into what the user reads and what is a call.
 
     ``style`` None: all is for the user. ``hermes``: calls stand in <tool_call> tags. ``json``: a reply that
-    is a JSON object with a name is a call.
+    is a JSON object with a name is a call. ``most``: calls beyond so many are dropped.
     """
 
-    def __init__(self, style: str | None) -> None:
+    def __init__(self, style: Style | None, most: int | None = None) -> None:
         self._style = style
+        self._most = most
         self._opening = StopMatcher([OPEN])
         self._text = ""
         self._shown = 0
@@ -74,7 +128,7 @@ class ToolParser:
         if self._style is None or not rest:
             return "", []
         calls = _hermes_calls(rest) if self._style == "hermes" else _json_call(rest)
-        return ("", calls) if calls else (rest, [])
+        return ("", calls[: self._most]) if calls else (rest, [])
 
     def _release(self, end: int) -> str:
         text, self._shown = self._text[self._shown : end], end

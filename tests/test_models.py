@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from compressor import gguf_model, models
+from compressor import models
 from compressor.errors import InputError
 
 TEXTS = [
@@ -164,7 +164,8 @@ def test_the_starter_is_found_without_being_imported() -> None:
 def test_the_starters_folder_is_ordinary(starter: Path, loaded_starter: models.LoadedModel) -> None:
     loaded = loaded_starter
     config = loaded.model.config
-    assert (loaded.model.generation_config.eos_token_id, config.rms_norm_eps) == (2, 1e-5)
+    assert loaded.model.generation_config.eos_token_id == [2, 4, 0]  # as llama.cpp has them
+    assert config.rms_norm_eps == 1e-5
     assert models.read_shape(models.resolve(str(starter))) == models.read_shape(needs_starter())
     prompt = loaded.tokenizer("The capital of France is", return_tensors="pt")
     answer = loaded.model.generate(**prompt, max_new_tokens=4, do_sample=False)
@@ -202,8 +203,15 @@ def test_the_starters_tokenizer_loses_nothing(loaded_starter: models.LoadedModel
 
 
 def test_the_starters_weights_are_those_transformers_unpacks(loaded_starter: models.LoadedModel) -> None:
-    loaded = loaded_starter.model
-    reference = gguf_model._load_through_transformers(Path(needs_starter().location), torch.bfloat16)
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    loaded, path = loaded_starter.model, Path(needs_starter().location)
+    reference = AutoModelForCausalLM.from_pretrained(
+        path.parent,
+        gguf_file=path.name,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=torch.bfloat16,
+    )
     for name, tensor in reference.state_dict().items():
         assert torch.equal(tensor, loaded.state_dict()[name]), name
 

@@ -13,7 +13,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from compressor.errors import InputError
-from compressor.gguf_model import SPLITS
+from compressor.gguf_tokenizer import PRES
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 _ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
@@ -75,11 +75,10 @@ def _pre_tokenizer(path: Path, description: Mapping[str, Any]) -> str:
     """llama.cpp's name for the way text is split before BPE."""
     if _parts(description, "Digits"):
         return "smollm"
-    splits = [part["pattern"].get("Regex") for part in _parts(description, "Split")]
-    if not splits:
-        return "gpt-2"
-    for name in ("llama-bpe", "qwen2"):
-        if splits == [SPLITS[name]]:
+    splits = tuple(part["pattern"].get("Regex") for part in _parts(description, "Split"))
+    words_first = bool(description["model"].get("ignore_merges"))
+    for name in ("gpt-2", "llama-bpe", "qwen2", "default"):
+        if (splits, words_first) == (PRES[name].splits, PRES[name].whole_words_first):
             return name
     raise InputError(
         f"{path} splits text in a way that has no name here: convert this model with llama.cpp's own script"

@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 from transformers import AutoConfig, PretrainedConfig
 
+from compressor.config_fields import uniform_window
 from compressor.engines.onnx_store import (
     INDEX_FILE,
     SOURCE_FOLDER,
@@ -145,8 +146,7 @@ def _rope(config: PretrainedConfig) -> tuple[npt.NDArray[np.float32], float]:
 
 
 def _constants(config: PretrainedConfig, rope_scale: float) -> Constants:
-    windowed = getattr(config, "use_sliding_window", True)
-    window = getattr(config, "sliding_window", None) if windowed else None
+    window = uniform_window(config.to_dict())
     return Constants(
         norm_epsilon=float(config.rms_norm_eps),
         context_length=int(config.max_position_embeddings),

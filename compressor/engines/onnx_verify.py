@@ -10,8 +10,8 @@ import numpy.typing as npt
 import onnx
 import onnxruntime as ort
 from packaging.version import Version
-from tokenizers import Tokenizer
 
+from compressor.engines import served
 from compressor.engines.onnx_package import GRAPH_FILE
 from compressor.engines.onnx_session import Decoder, open_session
 from compressor.errors import CompressorError, PackageError, UnfitMachineError
@@ -53,11 +53,15 @@ def check_divergence(divergence: float, numerics: Numerics) -> None:
 
 
 def speak(folder: Path, manifest: Manifest) -> Iterator[str]:
-    """Load a package and continue a few prompts greedily, one line each. Raises ``PackageError``."""
+    """Open all that the endpoint will, and continue a few prompts greedily, one line each.
+
+    Raises ``PackageError``.
+    """
     check_engine(manifest)
     session, shape = open_package(folder, kv_cache=manifest.kv_cache)
     yield f"onnxruntime {ort.__version__} loads {len(manifest.architecture.layers)} layers"
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    yield from served.prove(folder, shape.vocab_size)
+    tokenizer = served.read_tokenizer(folder)
     for prompt in PROMPTS:
         ids = np.array([tokenizer.encode(prompt).ids], np.int64)
         continuation = greedy(session, shape, ids, CONTINUATION_TOKENS)

@@ -68,7 +68,7 @@ def read_rows(path: Path, check: Check | None = None) -> list[Row]:
     """Rows of a JSONL file. Raises ``InputError`` naming file, line and field."""
     rows = []
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read ({error}): give a UTF-8 JSONL file") from None
     for number, line in enumerate(lines, 1):
@@ -104,7 +104,7 @@ def _local_splits(source: Source) -> dict[str, Any]:
     assert source.local is not None
     layout = _layout(source)
     folder = source.local / layout.folder
-    files = sorted(folder.glob("*.jsonl")) if folder.is_dir() else []
+    files = sorted(p for p in folder.iterdir() if p.suffix.lower() == ".jsonl") if folder.is_dir() else []
     if not files:
         raise InputError(
             f"no data for task '{source.task}': put {source.path} into {folder}/<split>.jsonl, one JSON "

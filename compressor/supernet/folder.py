@@ -40,7 +40,7 @@ def save_supernet(
     info_path.unlink(missing_ok=True)
     with models.quiet_progress():
         model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        models.save_tokenizer(tokenizer, folder)
     return write_info(folder, tuple(drop_order), ordering)
 
 

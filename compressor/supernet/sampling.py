@@ -71,9 +71,17 @@ def _openings(tokenizer: Any, count: int, generator: torch.Generator) -> list[li
     ids = [i for i in range(min(len(tokenizer), COMMON_TOKENS)) if i not in special]
     words = [i for i in ids if tokenizer.decode([i]).strip().isalpha()] or ids
     drawn = torch.randint(len(words), (count,), generator=generator).tolist()
-    bos = [tokenizer.bos_token_id] if getattr(tokenizer, "add_bos_token", False) else []
-    prefixes = (bos, bos + _turn_prefix(tokenizer))
+    begin = leading_ids(tokenizer)
+    prefixes = (begin, begin + _turn_prefix(tokenizer))
     return [prefixes[i % 2] + [words[word]] for i, word in enumerate(drawn)]
+
+
+def leading_ids(tokenizer: Any) -> list[int]:
+    """What the tokenizer puts before every text (BOS): asked of itself, for its flags need not say so."""
+    framed: list[int] = tokenizer("a")["input_ids"]
+    plain: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
+    starts = range(len(framed) - len(plain) + 1)
+    return next((framed[:i] for i in starts if framed[i : i + len(plain)] == plain), [])
 
 
 def _turn_prefix(tokenizer: Any) -> list[int]:
@@ -87,7 +95,7 @@ def _turn_prefix(tokenizer: Any) -> list[int]:
     turns = [("user", "Hello"), ("assistant", answer), ("user", question)]
     messages = [{"role": role, "content": content} for role, content in turns]
     text: str = tokenizer.apply_chat_template(messages, tokenize=False)
-    between = text.split(answer)[1].split(question)[0]
+    between = text.partition(answer)[2].partition(question)[0]  # nothing where a template drops old turns
     ids: list[int] = tokenizer(between, add_special_tokens=False)["input_ids"]
     return ids
 

@@ -10,10 +10,11 @@ import pytest
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
-from compressor import gguf_model, models
+from compressor import models
 from compressor.engines.gguf_file import write_gguf
 from compressor.engines.gguf_vocabulary import vocabulary
 from compressor.errors import InputError
+from compressor.gguf_metadata import read_fields
 from compressor.space import SubNetwork
 from tests.conftest import make_tiny_model
 from tests.engines.reference import cut
@@ -80,7 +81,7 @@ def test_llama_cpp_speaks_like_transformers(tmp_path: Path, tied: bool) -> None:
 
 def test_the_starters_vocabulary_is_read_back_unchanged(starter: Path) -> None:
     metadata = vocabulary(starter, 49152)
-    theirs = gguf_model._fields(Path(models.resolve("starter").location))
+    theirs = read_fields(Path(models.resolve("starter").location))
     for key in ("tokens", "merges", "token_type", "model", "pre", "bos_token_id", "eos_token_id"):
         assert metadata[f"tokenizer.ggml.{key}"] == theirs[f"tokenizer.ggml.{key}"], key
     assert metadata["tokenizer.ggml.add_bos_token"] is False

@@ -94,7 +94,8 @@ def test_leading_parts_are_read(tiny_model_folder: Path) -> None:
 def test_what_follows_from_the_configuration_may_be_stored(tiny_model_folder: Path, tmp_path: Path) -> None:
     source = tmp_path / "source"
     shutil.copytree(tiny_model_folder, source)
-    old = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8), "lm_head.weight": torch.ones(2, 2)}
+    head = load_file(source / "model.safetensors")["model.embed_tokens.weight"].clone()
+    old = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8), "lm_head.weight": head}
     _change(source, lambda tensors: tensors.update(old))
     assert not set(old) & set(Source(source).names())
     assert json.loads((source / "config.json").read_text())["tie_word_embeddings"]

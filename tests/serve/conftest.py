@@ -84,16 +84,29 @@ def server(tiny_package: Path, start_server: Callable[..., RunningServer]) -> Ru
 
 
 @pytest.fixture(scope="session")
+def changed_package(tiny_package: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Makes copies of the tiny package with another chat template, further files, another manifest."""
+
+    def change(template: str, files: dict[str, str] | None = None, **manifest_changes: object) -> Path:
+        folder = tmp_path_factory.mktemp("changed") / "package"
+        shutil.copytree(tiny_package, folder)
+        for name, text in {"chat_template.jinja": template, **(files or {})}.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_text(text)
+        manifest = read_manifest(folder)
+        changes = {"files": record_files(folder), **manifest_changes}
+        write_manifest(folder, manifest.model_copy(update=changes))
+        return folder
+
+    return change
+
+
+@pytest.fixture(scope="session")
 def tools_server(
-    tiny_package: Path, tmp_path_factory: pytest.TempPathFactory, start_server: Callable[..., RunningServer]
+    changed_package: Callable[..., Path], start_server: Callable[..., RunningServer]
 ) -> RunningServer:
     """A server of a model whose chat template has tools."""
-    folder = tmp_path_factory.mktemp("tools") / "package"
-    shutil.copytree(tiny_package, folder)
-    (folder / "chat_template.jinja").write_text(TOOLS_TEMPLATE)
-    manifest = read_manifest(folder)
-    write_manifest(folder, manifest.model_copy(update={"files": record_files(folder)}))
-    return start_server(folder)
+    return start_server(changed_package(TOOLS_TEMPLATE))
 
 
 @pytest.fixture

@@ -185,7 +185,7 @@ def test_text_and_tokens_go_there_and_back(client):
         ({"temperature": -1}, openai.BadRequestError, "temperature"),
         ({"messages": []}, openai.BadRequestError, "messages"),
         ({"messages": [{"role": "user", "content": "word " * 900}]}, openai.BadRequestError, "shorten"),
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, openai.BadRequestError, "tools"),
+        ({"reasoning_effort": "high"}, openai.BadRequestError, "'reasoning_effort' is not supported"),
         ({"logit_bias": {"99999": 1}}, openai.BadRequestError, "token id"),
         ({"top_logprobs": 2}, openai.BadRequestError, "logprobs"),
     ],

@@ -35,12 +35,12 @@ def wait_for(condition, seconds: float = 20) -> None:
         time.sleep(0.05)
 
 
-def raw_request(server: RunningServer, payload: bytes) -> bytes:
-    """What the server answers to bytes that no client library would send."""
+def raw_request(server: RunningServer, payload: bytes, ends: bool = True) -> bytes:
+    """What the server answers to bytes that no client library would send, after which none follow."""
     host, port = server.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=30) as connection:
         connection.sendall(payload)
-        if not payload.endswith(b"0\r\n\r\n"):
+        if ends and not payload.endswith(b"0\r\n\r\n"):
             connection.shutdown(socket.SHUT_WR)
         answer = b""
         while part := connection.recv(65536):
@@ -106,7 +106,7 @@ def test_clients_that_leave_free_their_rows(server):
     wait_for(lambda: metric(server, "requests_running") == 0)
     with socket.create_connection(server.url.removeprefix("http://").split(":")) as connection:
         body = json.dumps({"prompt": "import os", "max_tokens": 480, "ignore_eos": True})
-        head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
         wait_for(lambda: metric(server, "requests_running") == 1)
     wait_for(lambda: metric(server, "requests_running") == 0)
@@ -191,7 +191,7 @@ def test_bodies_that_are_too_big_are_413_announced_or_not(server):
     status, answer = post(server, "/v1/completions", b" " * (6 << 20))
     assert status == 413
     assert "send less" in answer["error"]["message"]
-    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     chunk = b"100000\r\n" + b" " * 0x100000 + b"\r\n"
     chunked = raw_request(server, head + b"Transfer-Encoding: chunked\r\n\r\n" + chunk * 6 + b"0\r\n\r\n")
     assert chunked.startswith(b"HTTP/1.1 413")

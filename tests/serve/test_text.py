@@ -11,8 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serve.chat import ChatTemplate
-from serve.errors import ApiError
+from compressor.chat_template import ChatTemplates, TemplateRefusalError
 from serve.sampling import Sampler, SamplingParams, logprob_of
 from serve.stops import StopMatcher
 from serve.tokenizer import Tokenizer
@@ -116,15 +115,15 @@ def test_logprobs_are_normalized():
     assert [token for token, _ in entry.top] == [0, 1]
 
 
-def test_templates_run_in_a_sandbox_and_their_refusals_are_400():
-    with pytest.raises(ApiError, match="roles must alternate"):
-        ChatTemplate("{{ raise_exception('roles must alternate') }}", {}).render([])
-    with pytest.raises(ApiError):
-        ChatTemplate("{{ ''.__class__.__mro__ }}", {}).render([])
-    text = ChatTemplate("{{ bos_token }}{{ messages[0] | tojson }}", {"bos_token": "<s>"}).render(
-        [{"a": "é"}]
+def test_templates_run_in_a_sandbox_and_refuse_in_their_own_words():
+    with pytest.raises(TemplateRefusalError, match="roles must alternate"):
+        ChatTemplates("{{ raise_exception('roles must alternate') }}").render([])
+    with pytest.raises(TemplateRefusalError):
+        ChatTemplates("{{ ''.__class__.__mro__ }}").render([])
+    templates = ChatTemplates(
+        "{{ bos_token }}{{ messages[0] | tojson }}", special_tokens={"bos_token": "<s>"}
     )
-    assert text == '<s>{"a": "é"}'
+    assert templates.render([{"a": "é"}]) == '<s>{"a": "é"}'
 
 
 CALL = '{"name": "weather", "arguments": {"city": "Oslo"}}'
