@@ -16,7 +16,7 @@ CUDA   := $(shell command -v nvidia-smi)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 test test-slow test-vllm demo bench%: export HF_HUB_OFFLINE = 1
 
-.PHONY: help setup setup-vllm setup-llama setup-optimum demo test test-slow test-vllm test-optimum check format bench bench-evaluation bench-supernet bench-measure bench-measure-vllm bench-decode-variants bench-gpu bench-search bench-mixed-bits bench-formats bench-llm-int8 bench-comparison bench-serve soak-serve bench-wizard clean
+.PHONY: help setup setup-vllm setup-llama setup-optimum demo test test-slow test-vllm test-optimum check format bench bench-evaluation bench-supernet bench-measure bench-measure-vllm bench-decode-variants bench-gpu plan-table bench-search bench-mixed-bits bench-formats bench-llm-int8 bench-comparison bench-serve soak-serve bench-wizard clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 20
@@ -123,6 +123,9 @@ bench-decode-variants: setup  ## other forms of the INT8 graph, in turns with th
 
 bench-gpu: setup  ## an NVIDIA GPU: our scorer beside lm-eval's, speed of sub-networks, tuning
 	$(BIN)/python benchmarks/gpu.py
+
+plan-table:  ## what a run takes on every GPU profile, by arithmetic, into docs/plan.md
+	$(BIN)/python benchmarks/plan_table.py
 
 bench-search: setup  ## LINAS beside random search, NSGA-II and LINAS as published
 	$(BIN)/python benchmarks/search.py

@@ -19,7 +19,7 @@ import numpy as np
 
 from compressor.errors import InputError
 
-Numerics = Literal["fp32", "bf16", "fp16", "int8", "int4"]
+Numerics = Literal["fp32", "bf16", "fp16", "fp8", "int8", "int4"]
 Genotype = tuple[int, ...]
 
 QUANT_BLOCK: Mapping[int, int] = {8: 64, 4: 32}

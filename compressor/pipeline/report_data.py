@@ -24,7 +24,12 @@ from compressor.search.front import pareto_front
 from compressor.search.problem import Outcome, Problem
 from compressor.space import Numerics, SubNetwork, parameter_count
 
-REFERENCE_NAMES = {"bf16": "unpruned, bf16", "int8": "unpruned, INT8", "int4": "unpruned, INT4"}
+REFERENCE_NAMES = {
+    "bf16": "unpruned, bf16",
+    "fp8": "unpruned, FP8",
+    "int8": "unpruned, INT8",
+    "int4": "unpruned, INT4",
+}
 ALL_CURVES = (*CURVES, *(WINNER + curve for curve in CURVES))
 _COMPARISON = TypeAdapter(report.Comparison)
 

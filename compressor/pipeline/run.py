@@ -202,6 +202,7 @@ def execute(path: Path, request: RunRequest, listener: Listener) -> Verdict:
     """Do the run, or what is left of it. Raises ``CompressorError``; what was paid for is kept."""
     machine = device.detect()
     plan = make_plan(request, machine, path)
+    request = plan.request
     check_target(request)
     check_tasks(request)
     folder = RunFolder.create_or_update(path, request.model_dump(mode="json"))
@@ -212,6 +213,7 @@ def execute(path: Path, request: RunRequest, listener: Listener) -> Verdict:
         target_cluster(request) as cluster,
     ):
         context = Context(folder, request, ledger, machine, logging, cluster)
+        context.say(plan.summary())
         for warning in plan.warnings:
             context.warn(warning)
         info, space = prepare(context, plan)

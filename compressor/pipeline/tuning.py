@@ -60,7 +60,7 @@ def tune_supernet(context: Context, plan: Plan) -> Result:
         Elastic(loaded.model),
         space,
         examples,
-        tuning_config(context, examples),
+        tuning_config(context, examples, plan.choices.accumulation),
         context.listener,
         context.ledger.record_curve,
         context.folder.checkpoints,
@@ -88,12 +88,18 @@ def tune_alone(context: Context, plan: Plan, subnet: SubNetwork, minutes: float)
     """Tune one sub-network of the super-network alone, where no other's steps pull at its weights, and write
     the result as ``tuned_alone`` names it."""
     model, tokenizer, info = load_supernet(context.folder.supernet, compute_dtype(context))
-    model.to(compute_device())
     space = replace(plan.space, drop_order=info.drop_order)
     examples = training_examples(context, tokenizer, context.request.tuning_loss != "cross-entropy")
-    config = replace(tuning_config(context, examples), minutes=minutes, only=subnet, teacher="original")
+    config = replace(
+        tuning_config(context, examples, plan.choices.accumulation),
+        minutes=minutes,
+        only=subnet,
+        teacher="original",
+    )
     checkpoints = context.folder.checkpoints / subnet.digest
     stage = tuned_stage(subnet)
+    original = _original(context, examples, config)  # before the super-network takes the GPU
+    model.to(compute_device())
     result = finetune(
         Elastic(model),
         space,
@@ -102,7 +108,7 @@ def tune_alone(context: Context, plan: Plan, subnet: SubNetwork, minutes: float)
         partial(told_as, context.listener, stage),
         lambda curve, step, loss: context.ledger.record_curve(WINNER + curve, step, loss),
         checkpoints,
-        _original(context, examples, config),
+        original,
         _served(context, plan),
     )
     context.ledger.end_curves([WINNER + curve for curve in CURVES], result.steps)
@@ -148,12 +154,13 @@ def _original(context: Context, examples: Examples, config: FinetuneConfig) -> T
     return compute(load_to_compute(context).model, examples.ids, config.batch)
 
 
-def tuning_config(context: Context, examples: Examples) -> FinetuneConfig:
-    """The recipe: what the request tells, and what fits the data else."""
+def tuning_config(context: Context, examples: Examples, accumulation: int) -> FinetuneConfig:
+    """The recipe: what the request tells, what fits the data else, and a step's parts that fit the memory."""
     request, effort = context.request, context.request.effort
-    adapters = request.lora_rank > 0
+    adapters = bool(request.lora_rank)
     return FinetuneConfig(
-        lora_rank=request.lora_rank,
+        lora_rank=request.lora_rank or 0,
+        accumulation=accumulation,
         gradient_checkpointing=adapters,  # who asks for adapters is short of memory
         steps=effort.tuning_steps,
         minutes=effort.tuning_minutes,
@@ -178,7 +185,7 @@ def tuning_inputs(context: Context) -> dict[str, Any]:
         "effort": [effort.tuning_steps, effort.tuning_batch],
         "train_data": request.train_data,
         "tuning": request.tuning.told,
-        "lora_rank": request.lora_rank,
+        "lora_rank": request.lora_rank or 0,
         "seed": request.seed,
     }
 
