@@ -15,7 +15,7 @@ from typing import IO, Any
 
 PR_SET_PDEATHSIG = 1
 """Linux's prctl that sends a signal to a process whose parent died (``man 2 prctl``)."""
-GRACE_SECONDS = 5.0
+_PRCTL = getattr(ctypes.CDLL(None), "prctl", None) if sys.platform == "linux" else None
 
 
 @dataclass(frozen=True)
@@ -70,5 +70,6 @@ def run_child(command: Sequence[str], text: str, cwd: Path) -> Done:
 
 
 def _die_with_parent() -> None:
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    """In the child, between fork and exec, where nothing may be loaded any more."""
+    if _PRCTL is not None:
+        _PRCTL(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from compressor.engines.bench import summarise, time_workload
-from compressor.engines.host import HostWatch, host_conditions
+from compressor.engines.host import HostWatch, host_conditions, out_of_memory
 from compressor.engines.memory import (
     peak_bytes,
     reset_peak,
@@ -28,7 +28,7 @@ from compressor.engines.vllm_package import package_config, read_config
 from compressor.engines.vllm_schemes import FLOAT_TYPES, VllmNumerics
 from compressor.engines.vllm_score import Branches, Prompt
 from compressor.environments import REMEDY
-from compressor.errors import InputError, UnfitMachineError
+from compressor.errors import InputError, MemoryExhaustedError, UnfitMachineError
 from compressor.measurement import Measurement
 from compressor.profile import Workload
 from compressor.space import SubNetwork
@@ -197,7 +197,8 @@ class VllmEngine:
             )
         except (RuntimeError, ValueError, MemoryError, OSError) as error:
             first = next(iter(str(error).splitlines()), type(error).__name__)
-            raise UnfitMachineError(
+            kind = MemoryExhaustedError if out_of_memory(error) else UnfitMachineError
+            raise kind(
                 f"vLLM {vllm_version()} cannot load the sub-network ({first}): free memory, or choose "
                 "another engine"
             ) from error

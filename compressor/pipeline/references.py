@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from compressor.engines.pytorch import bench_pytorch
+from compressor.errors import UnfitMachineError
 from compressor.evaluation.score import Score
 from compressor.ledger import Key, Row
 from compressor.models import LoadedModel
 from compressor.pipeline.accuracy import AccuracyTask
+from compressor.pipeline.aside import free_gpu
 from compressor.pipeline.candidates import MEASURE
 from compressor.pipeline.context import Context
 from compressor.pipeline.targets import Target
@@ -69,17 +72,37 @@ class ReferenceSet:
         """
         for numerics in self.numerics:
             yield f"unpruned in {numerics}"
-            if self.context.ledger.get(self.speed_key(numerics)) is None:
-                self._measure(numerics, to_time)
+            with self._left_out_where_it_does_not_fit(numerics):
+                if self.context.ledger.get(self.speed_key(numerics)) is None:
+                    self._measure(numerics, to_time)
             missing = [s for s in self.task.splits if self._unknown(self.score_key(numerics, s))]
             if missing and numerics == "bf16":
-                model = to_score().model
-                for split in missing:
-                    self._keep(numerics, split, self.task.score_model(model, split))
+                self._score_here(missing, to_score)
+                free_gpu()  # an engine may start there next
             elif missing:
-                with self.target.unpruned_artefact(self.full, numerics) as artefact:
-                    for split in missing:
-                        self._keep(numerics, split, self.task.score_artefact(artefact, split))
+                with self._left_out_where_it_does_not_fit(numerics):
+                    self._score_artefact(numerics, missing)
+
+    @contextmanager
+    def _left_out_where_it_does_not_fit(self, numerics: Numerics) -> Iterator[None]:
+        """On a GPU the unpruned model may be too large to be served where its sub-networks are not."""
+        try:
+            yield
+        except UnfitMachineError as error:
+            if self.context.request.profile.device.kind != "cuda":
+                raise
+            self.context.warn(f"the unpruned model in {numerics} is left out of the comparison: {error}")
+
+    def _score_artefact(self, numerics: Numerics, splits: Sequence[str]) -> None:
+        with self.target.unpruned_artefact(self.full, numerics) as artefact:
+            for split in splits:
+                self._keep(numerics, split, self.task.score_artefact(artefact, split))
+
+    def _score_here(self, splits: Sequence[str], to_score: Load) -> None:
+        """Score the unpruned model in PyTorch; nothing of it stays."""
+        model = to_score().model
+        for split in splits:
+            self._keep("bf16", split, self.task.score_model(model, split))
 
     def _measure(self, numerics: Numerics, to_time: Load) -> None:
         if self.engine(numerics) != PYTORCH:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -18,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from compressor import device
 from compressor.cluster import Cluster, joined
 from compressor.engines import verify_package
-from compressor.engines.host import require_free_memory
+from compressor.engines.host import require_free_gpu, require_free_memory
 from compressor.engines.rounding import RoundedWeights
 from compressor.errors import InputError, RunConflictError
 from compressor.evaluation.agreement import AgreementText
@@ -29,10 +28,13 @@ from compressor.events import Listener, RunFinished, StageFinished, StageProgres
 from compressor.ledger import open_ledger
 from compressor.measurement import Measurement
 from compressor.pipeline.accuracy import AccuracyTask, check_tasks, make_accuracy_task
+from compressor.pipeline.aside import Aside, free_gpu
 from compressor.pipeline.base import compute_device, compute_dtype, load_base, load_to_compute
 from compressor.pipeline.candidates import Evaluator, Terms, known_outcomes
 from compressor.pipeline.context import Context, Result, logged, run_stage
 from compressor.pipeline.deliver import package
+from compressor.pipeline.failures import CIRCUMSTANCE
+from compressor.pipeline.needs import ROUND
 from compressor.pipeline.plan import Plan, make_plan
 from compressor.pipeline.prepare import export_tuned, prepare
 from compressor.pipeline.racing import rivals
@@ -92,6 +94,17 @@ class Workshop:
         )
 
     @cached_property
+    def aside(self) -> Aside:
+        """The super-network's way off the GPU, for as long as vLLM measures there."""
+        self.supernet.reset()
+        return Aside(self.supernet.model)
+
+    @property
+    def alternates(self) -> bool:
+        """Whether scoring and measuring take turns on the GPU, for which both together are too large."""
+        return not self.plan.choices.keeps_both
+
+    @cached_property
     def shared(self) -> SharedLayers:
         """What this search's sub-networks begin with, computed once."""
         return SharedLayers(self.supernet.model, lambda: self.supernet.active)
@@ -137,7 +150,9 @@ class Workshop:
     @property
     def evaluator(self) -> Evaluator:
         race = self._race if self.terms.racing else None
-        return Evaluator(self.context.ledger, self.terms, self._score, self._bench, race)
+        return Evaluator(
+            self.context.ledger, self.terms, self._score, self._bench, race, make_room=self.put_away
+        )
 
     @property
     def problem(self) -> Problem:
@@ -152,10 +167,10 @@ class Workshop:
 
     def put_away(self) -> None:
         """Free the memory that scoring and measuring hold; what they need is loaded again when asked for."""
-        self.__dict__.pop("supernet", None)
-        self.__dict__.pop("shared", None)
+        for name in ("aside", "supernet", "shared"):
+            self.__dict__.pop(name, None)
         self.close()
-        gc.collect()
+        free_gpu()
 
     def of(self, weights: Weights) -> Workshop:
         """The same with other weights of the super-network; its task is not tokenized again."""
@@ -184,18 +199,40 @@ class Workshop:
         self.target.close()
 
     def _score(self, subnet: SubNetwork) -> Score:
+        self._take_gpu()
         with self.supernet.activated(subnet) as model:
             return self.task.score_model(model, "search", self.shared)
 
     def _race(self, subnet: SubNetwork) -> Raced:
         against = rivals(self.context.ledger, self.terms, self.problem, subnet)
+        self._take_gpu()
         with self.supernet.activated(subnet) as model:
             return self.task.race_model(model, against, "search", self.shared)
 
     def _bench(self, subnet: SubNetwork) -> Measurement:
         if self.context.measures_on_this_cpu:
             require_free_memory(self.terms.memory_bytes(subnet))
+        elif self.context.cluster is None:
+            self._leave_gpu()
+            require_free_gpu(self.terms.memory_bytes(subnet))
         return self.target.bench(subnet)
+
+    def _take_gpu(self) -> None:
+        """Bring the super-network back, if it left."""
+        if "aside" in self.__dict__:
+            self.aside.back()
+
+    def _leave_gpu(self) -> None:
+        """Let the super-network leave, where both don't fit; its rounded copies are rather made anew."""
+        if not self.alternates or "supernet" not in self.__dict__:
+            return
+        self.__dict__.pop("shared", None)
+        if self._rounds:
+            for name in ("aside", "supernet"):
+                self.__dict__.pop(name, None)
+            free_gpu()
+        else:
+            self.aside.leave()
 
 
 def execute(path: Path, request: RunRequest, listener: Listener) -> Verdict:
@@ -216,6 +253,8 @@ def execute(path: Path, request: RunRequest, listener: Listener) -> Verdict:
         context.say(plan.summary())
         for warning in plan.warnings:
             context.warn(warning)
+        if again := ledger.forget_failed(CIRCUMSTANCE):
+            context.say(f"{again} evaluations that failed by circumstance are asked for again")
         info, space = prepare(context, plan)
         with closing(Workshop(context, plan, info, space)) as workshop:
             _pay_references(workshop)
@@ -260,7 +299,8 @@ def _search(workshop: Workshop) -> list[Outcome]:
     budget = context.request.effort.evaluations
     context.listener(StageStarted("search", "Searching sub-networks", budget, "sub-networks"))
     began = time.monotonic()
-    outcomes = search(context, workshop.problem, workshop.evaluator)
+    together = ROUND if workshop.alternates else 1
+    outcomes = search(context, workshop.problem, workshop.evaluator, together)
     context.folder.mark_done("search", {"evaluations": budget}, {"terms": workshop.terms.to_dict()})
     context.listener(StageFinished("search", time.monotonic() - began))
     return outcomes
