@@ -339,11 +339,27 @@ def ask(
 
 
 @app.command()
-def report(run: RunArgument) -> None:
+def report(
+    run: RunArgument,
+    llm_int8: Annotated[
+        bool,
+        typer.Option(
+            "--llm-int8", help="Score the front in LLM.int8 too, the paper's INT8, before and after."
+        ),
+    ] = False,
+) -> None:
     """Print a run's table and write its page, report/index.html."""
     from compressor.pipeline.run import write_report
 
-    write_report(run).print(Console())
+    console = Console()
+    write_report(run).print(console)
+    if llm_int8:
+        from compressor.console import terminal_listener
+        from compressor.pipeline.llm_int8 import rescore, table
+
+        with terminal_listener(console) as listener:
+            found = rescore(run, listener)
+        console.print(table(found))
 
 
 @app.command()
