@@ -17,7 +17,7 @@ CUDA   := $(shell command -v nvidia-smi)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 test test-slow test-vllm demo bench%: export HF_HUB_OFFLINE = 1
 
-.PHONY: help setup setup-vllm setup-llama setup-optimum demo test test-slow test-vllm test-optimum check format bench bench-evaluation bench-supernet bench-measure bench-measure-vllm bench-decode-variants bench-gpu bench-search bench-mixed-bits bench-formats bench-llm-int8 bench-comparison bench-serve bench-hostile soak-serve bench-wizard test-clients clean
+.PHONY: help setup setup-vllm setup-llama setup-optimum demo test test-slow test-vllm test-optimum check format bench bench-evaluation bench-supernet bench-measure bench-measure-vllm bench-decode-variants bench-gpu plan-table bench-free bench-search bench-mixed-bits bench-formats bench-llm-int8 bench-comparison bench-serve bench-hostile soak-serve bench-wizard test-clients clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 20
@@ -114,7 +114,7 @@ format: setup  ## let ruff format and fix
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: bench-evaluation bench-supernet bench-measure bench-measure-vllm bench-decode-variants bench-gpu bench-search bench-mixed-bits bench-formats bench-llm-int8 bench-comparison bench-serve bench-wizard  ## all benchmarks
+bench: bench-free bench-evaluation bench-supernet bench-measure bench-measure-vllm bench-decode-variants bench-gpu bench-search bench-mixed-bits bench-formats bench-llm-int8 bench-comparison bench-serve bench-wizard  ## all benchmarks
 
 bench-evaluation: setup  ## our scorer beside lm-eval's own model
 	$(BIN)/python benchmarks/evaluation.py
@@ -134,8 +134,14 @@ bench-decode-variants: setup  ## other forms of the INT8 graph, in turns with th
 bench-gpu: setup  ## an NVIDIA GPU: our scorer beside lm-eval's, speed of sub-networks, tuning
 	$(BIN)/python benchmarks/gpu.py
 
+plan-table:  ## what a run takes on every GPU profile, by arithmetic, into docs/plan.md
+	$(BIN)/python benchmarks/plan_table.py
+
 bench-search: setup  ## LINAS beside random search, NSGA-II and LINAS as published
 	$(BIN)/python benchmarks/search.py
+
+bench-free: setup  ## a run's winner beside all that is free: the unpruned model in each number of bits
+	$(BIN)/python benchmarks/free.py
 
 bench-mixed-bits: setup  ## sub-networks of 8 or 4 bits a layer, beside 8 bits alone and the unpruned model in INT4
 	$(BIN)/python benchmarks/mixed_bits.py

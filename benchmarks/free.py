@@ -1,10 +1,11 @@
 """What a run's winner is worth beside what takes seconds: the unpruned model in each number of bits.
 
 Makes a run of the starter (``--run`` takes one that is finished), then computes, in the engine that serves,
-the winner and every form of the unpruned model on wikitext-2 and on the run's own unseen text: bytes, perplexity,
-divergence from the unpruned model in fp32, share of equal first choices; and times winner and forms in turns.
-llama.cpp's quantizations join where ``make setup-llama`` was run. Prints a table, draws ``--plot``, and ends
-with one line of JSON. Exits 1 if a bound is missed: what rounding alone must reach, and what the winner must.
+the winner and every form of the unpruned model on wikitext-2 and on the run's own unseen text: bytes,
+perplexity, divergence from the unpruned model in fp32, share of equal first choices; and times winner and
+forms in turns. llama.cpp's quantizations join where ``make setup-llama`` was run. Prints a table, draws
+``--plot``, and ends with one line of JSON. Exits 1 if a bound is missed: what rounding alone must reach, and
+what the winner must.
 """
 
 from __future__ import annotations

@@ -90,7 +90,9 @@ def compress(
     num_fewshot: Annotated[
         int | None, typer.Option(help="Few-shot examples [default: the task's own].")
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Items a task, at most.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Items a task, at most [default: 1,500 for the search, all after].")
+    ] = None,
     racing: Annotated[
         bool | None,
         typer.Option(
@@ -155,6 +157,10 @@ def compress(
     cluster: Annotated[
         str, typer.Option(help="Ray cluster whose node `profile/NAME` measures, HOST:PORT.")
     ] = "",
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Print the plan, with memory and time of every stage, and leave."),
+    ] = False,
     version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
 ) -> None:
     """Make a LLaMA-family model fit the hardware you own, and serve it.
@@ -177,14 +183,31 @@ def compress(
     asked = {
         name: value
         for name, value in context.params.items()
-        if name not in ("resume", "run", "version") and value not in ("", None)
+        if name not in ("resume", "run", "version", "dry_run") and value not in ("", None)
     }
     if not asked and run is None:
         if sys.stdin.isatty() and sys.stdout.isatty():
             tui(None)
         print(context.get_help())
         return
-    run_pipeline(asked, run, resume)
+    if dry_run:
+        print_plan(asked, run, resume)
+    else:
+        run_pipeline(asked, run, resume)
+
+
+def print_plan(asked: dict[str, Any], run: Path | None, resume: bool) -> None:
+    from compressor import device
+    from compressor.pipeline.plan import make_plan
+    from compressor.pipeline.plan_table import plan_table
+    from compressor.request import understand
+
+    path, request = understand(asked, run, resume)
+    plan = make_plan(request, device.detect(), path)
+    console = Console()
+    console.print(plan_table(plan))
+    for warning in plan.warnings:
+        console.print(f"note: {warning}", highlight=False, markup=False)
 
 
 def run_pipeline(asked: dict[str, Any], run: Path | None, resume: bool) -> None:
@@ -317,11 +340,27 @@ def ask(
 
 
 @app.command()
-def report(run: RunArgument) -> None:
+def report(
+    run: RunArgument,
+    llm_int8: Annotated[
+        bool,
+        typer.Option(
+            "--llm-int8", help="Score the front in LLM.int8 too, the paper's INT8, before and after."
+        ),
+    ] = False,
+) -> None:
     """Print a run's table and write its page, report/index.html."""
     from compressor.pipeline.run import write_report
 
-    write_report(run).print(Console())
+    console = Console()
+    write_report(run).print(console)
+    if llm_int8:
+        from compressor.console import terminal_listener
+        from compressor.pipeline.llm_int8 import rescore, table
+
+        with terminal_listener(console) as listener:
+            found = rescore(run, listener)
+        console.print(table(found))
 
 
 @app.command()

@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -112,6 +113,7 @@ def describe(machine: Machine) -> list[tuple[str, str]]:
         ),
         ("disk", f"{machine.disk_free_bytes / GIB:.1f} GiB free"),
         ("CUDA", "; ".join(gpus) or "none"),
+        *([("CUDA shown", hint)] if (hint := cuda_hint()) else []),
         ("system", machine.system),
     ]
 
@@ -134,9 +136,11 @@ def fits(profile: Profile, machine: Machine) -> Fit:
     kind = "CUDA device" if profile.device.kind == "cuda" else "CPU"
     named = f" named {' or '.join(profile.device.match)}" if profile.device.match and candidates else ""
     found = " and ".join(f"{name} with {size / GIB:.1f} GiB" for name, size in candidates)
+    hidden = cuda_hint() if kind == "CUDA device" else ""
     return Fit(
         False,
-        f"needs a {kind}{named} with {profile.device.memory_gib:g} GiB; this machine has {found or 'none'}",
+        f"needs a {kind}{named} with {profile.device.memory_gib:g} GiB; this machine has {found or 'none'}"
+        f"{f' ({hidden})' if hidden else ''}",
     )
 
 
@@ -159,9 +163,18 @@ def require(profile: Profile, machine: Machine) -> None:
 def auto(machine: Machine) -> Profile:
     """The profile that fits best: CUDA before CPU, named devices before any, the most memory.
 
-    Raises ``UnfitMachineError`` if none fits.
+    Raises ``UnfitMachineError`` if none fits, or where there is a GPU that no profile is for: taking a CPU's
+    would leave it idle.
     """
     fitting = [profile for profile in load_profiles() if fits(profile, machine).ok]
+    if machine.gpus and all(profile.device.kind == "cpu" for profile in fitting):
+        gpu = machine.gpus[0]
+        instead = f", or take a CPU's: --profile {fitting[0].name}" if fitting else ""
+        raise UnfitMachineError(
+            f"no profile is for this machine's {gpu.name} with {gpu.memory_bytes / GIB:.1f} GiB: copy the "
+            "nearest one (`compress profiles show l4-24g`), put its name and memory there, and pass the "
+            f"file with --profile{instead}"
+        )
     if not fitting:
         raise UnfitMachineError(
             "no profile fits this machine: copy one (`compress profiles show starter-cpu`), "
@@ -171,6 +184,33 @@ def auto(machine: Machine) -> Profile:
         fitting,
         key=lambda p: (p.device.kind == "cuda", bool(p.device.match), p.device.memory_gib, p.name),
     )
+
+
+def cuda_hint(environment: Mapping[str, str] = os.environ) -> str:
+    """Why fewer GPUs are seen than there may be, in words; nothing where nothing is known to hide one."""
+    reasons = []
+    chosen = environment.get("CUDA_VISIBLE_DEVICES")
+    if chosen is not None:
+        reasons.append(f"CUDA_VISIBLE_DEVICES={chosen or 'nothing'} hides others")
+    if trouble := _cuda_trouble():
+        reasons.append(trouble)
+    return "; ".join(reasons)
+
+
+def _cuda_trouble() -> str:
+    """What CUDA says where a driver is installed and torch cannot use it, as one too old for its build."""
+    if not cuda_driver_present() or importlib.util.find_spec("torch") is None:
+        return ""
+    import torch
+
+    if torch.version.cuda is None:
+        return "this PyTorch is built without CUDA: install it without the CPU's index"
+    try:
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+    except RuntimeError as error:
+        first = next(iter(str(error).splitlines()), "")
+        return f"CUDA {torch.version.cuda}, which PyTorch is built for, does not start: {first}"
+    return ""
 
 
 def cuda_driver_present() -> bool:
@@ -254,6 +294,7 @@ def _gpus() -> tuple[Gpu, ...]:
     if not torch.cuda.is_available():
         return ()
     devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    # A slice of a GPU (MIG) has the slice in its name, as in "NVIDIA A100-SXM4-40GB MIG 3g.20gb".
     return tuple(Gpu(d.name, d.total_memory, f"{d.major}.{d.minor}") for d in devices)
 
 

@@ -19,6 +19,22 @@ class UnfitMachineError(CompressorError):
     """This machine lacks something: a device, a package, disk or memory."""
 
 
+class MemoryExhaustedError(UnfitMachineError):
+    """Memory ran out while something was tried; with more of it free the same may succeed."""
+
+
+class WorkerDiedError(UnfitMachineError):
+    """A process that works for this one died or fell silent; a new one may do."""
+
+
+class DeviceFaultError(CompressorError):
+    """A GPU's error after which this process computes nothing any more: go on in a new one."""
+
+
+class StoppedError(CompressorError):
+    """One failure after the other: what is wrong is not what was tried."""
+
+
 class InfeasibleError(CompressorError):
     """No sub-network meets the budgets: raise the one named."""
 

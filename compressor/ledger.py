@@ -134,6 +134,13 @@ class Ledger:
         assert stored is not None
         return stored
 
+    def forget_failed(self, detail: str) -> int:
+        """Delete failed evaluations whose details name this; how many there were."""
+        found = [row.id for row in self._select(status="failed") if row.details.get(detail)]
+        with self._using(), self._db:
+            self._db.executemany("DELETE FROM evaluations WHERE id = ?", [(number,) for number in found])
+        return len(found)
+
     def rows(self, **where: str) -> list[Row]:
         """Rows in the order they were paid for, filtered by key columns or ``status``."""
         return list(self._select(**where))

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from compressor.errors import InputError
 from compressor.manifest import CacheNumerics
+from compressor.space import Numerics
 
 EngineName = Literal["onnxruntime", "vllm"]
 DeviceKind = Literal["cpu", "cuda"]
@@ -39,6 +40,12 @@ class Device(_Table):
     memory_gib: Positive = Field(description="Memory of the device, GiB, as it is sold")
     memory_bandwidth_gb_s: Positive | None = Field(
         default=None, description="Peak memory bandwidth, GB/s (10^9 bytes a second)"
+    )
+    matrix_tflops: Positive | None = Field(
+        default=None, description="Advertised dense bf16 (fp16 without it) matrix operations, 10^12/s"
+    )
+    compute_capability: str = Field(
+        default="", pattern=r"^(\d+\.\d)?$", description="Of a CUDA device, as 8.0: what kernels it has"
     )
     description: str = ""
     source: str = Field(default="", description="Where the device's public figures come from")
@@ -101,7 +108,7 @@ class Profile(_Table):
     budgets: Budgets
     workload: Workload
     engine: EngineName = "onnxruntime"
-    numerics: Literal["int8", "int4"] = "int8"
+    numerics: Literal["int8", "int4", "fp8"] = "int8"
     space: Space = Space()
 
     @model_validator(mode="after")
@@ -122,6 +129,16 @@ class Profile(_Table):
         return self
 
     @model_validator(mode="after")
+    def _kernels_of_the_device(self) -> Profile:
+        if self.numerics == "fp8" and self.engine != "vllm":
+            raise ValueError('numerics = "fp8" is vLLM\'s: set engine = "vllm"')
+        if self.numerics == "fp8" and set(self.layer_bits) != {8}:
+            raise ValueError('numerics = "fp8" has every layer in 8 bits: leave space.bits out')
+        if reason := lacking_kernels(self.numerics, self.device.compute_capability):
+            raise ValueError(f'numerics = "{self.numerics}": {reason}')
+        return self
+
+    @model_validator(mode="after")
     def _one_number_of_bits_in_int4(self) -> Profile:
         for name, asked in (("bits", self.space.bits), ("outer_bits", self.space.outer_bits)):
             if self.numerics == "int4" and asked and set(asked) != {4}:
@@ -138,7 +155,9 @@ class Profile(_Table):
 
     @property
     def outer_bits(self) -> tuple[int, ...]:
-        """That the embeddings and the head may have, once quantized."""
+        """That the embeddings and the head may have, once quantized; vLLM keeps them in bf16."""
+        if self.engine == "vllm":
+            return (8,)
         return tuple(self.space.outer_bits or self.layer_bits)
 
     def with_overrides(self, **budgets: float | None) -> Profile:
@@ -158,6 +177,22 @@ class Profile(_Table):
         given = {name: value for name, value in counts.items() if value is not None}
         changed = {**self.model_dump(), "workload": {**self.workload.model_dump(), **given}}
         return _validated(changed, f"profile '{self.name}' with the workload given")
+
+
+def lacking_kernels(numerics: Numerics, compute_capability: str) -> str:
+    """Why vLLM has no kernels for these numerics on a GPU of that compute capability; nothing where it has,
+    or where the capability is not known. vLLM 0.32: CUTLASS's INT8 ends with 9.x, its FP8 begins with 8.9.
+    """
+    if not compute_capability:
+        return ""
+    level = float(compute_capability)
+    if numerics == "int8" and level >= 10:
+        return f"vLLM has no INT8 kernels for compute capability {compute_capability}: set fp8"
+    if numerics == "fp8" and level < 8.9:
+        return (
+            f"a GPU of compute capability {compute_capability} has no FP8 units, 8.9 is the first: set int8"
+        )
+    return ""
 
 
 def profile_names() -> list[str]:

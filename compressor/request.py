@@ -73,7 +73,7 @@ class RunRequest(BaseModel):
     num_fewshot: int | None = None
     limit: int | None = None
     train_data: str = ""
-    lora_rank: int = 0
+    lora_rank: int | None = None
     tuning: Tuning = Tuning()
     algorithm: Algorithm = "linas"
     threads: int | None = None

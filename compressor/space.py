@@ -19,7 +19,7 @@ import numpy as np
 
 from compressor.errors import InputError
 
-Numerics = Literal["fp32", "bf16", "fp16", "int8", "int4"]
+Numerics = Literal["fp32", "bf16", "fp16", "fp8", "int8", "int4"]
 Genotype = tuple[int, ...]
 
 QUANT_BLOCK: Mapping[int, int] = {8: 64, 4: 32}
@@ -224,8 +224,8 @@ class SearchSpace:
     def num_distinct(self) -> int:
         """Distinct sub-networks: genes of dropped layers do not count."""
         per_layer = len(self.widths) * len(self.bits)
-        around: int = len(self.outer_bits) ** self.outer_genes
-        return around * sum(per_layer**depth for depth in self.depths)
+        inside: int = sum(per_layer**depth for depth in self.depths)
+        return inside * math.prod((len(self.outer_bits),) * self.outer_genes)
 
     def decode(self, genotype: Sequence[int]) -> SubNetwork:
         """The sub-network a genotype names. Raises ``ValueError`` on a gene out of range."""

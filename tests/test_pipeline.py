@@ -273,6 +273,18 @@ def test_the_report_prints_a_table_and_writes_the_page_anew(finished: Path) -> N
     assert page.is_file()
 
 
+def test_the_front_can_be_scored_in_the_papers_int8(finished: Path) -> None:
+    rescored = compress("report", str(finished), "--llm-int8")
+    assert rescored.returncode == 0, rescored.stderr
+    assert "before and after LLM.int8" in rescored.stdout
+    rows = json.loads((finished / "llm-int8.json").read_text())["rows"]
+    assert rows and all(row["after"]["weight_bytes"] < row["before"]["weight_bytes"] for row in rows)
+    assert all(0 <= row[form]["accuracy"] <= 1 for row in rows for form in ("before", "after"))
+    assert (finished / "report" / "llm-int8.png").read_bytes().startswith(b"\x89PNG")
+    taken = [row for row in ledger_rows(finished) if row.key.numerics == "llm-int8"]
+    assert len(taken) == len(rows)
+
+
 def test_a_sub_network_is_compared_with_other_methods_at_its_size(finished: Path) -> None:
     asked = ("compare", str(finished), "--pick", "smallest", "--tuning-minutes", "1")
     first = compress(*asked)

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compressor.engines.memory import required_memory_bytes
+from compressor.engines.memory import required_memory_bytes, served_memory
 from compressor.errors import InputError
+from compressor.pipeline.plan import profile_space
 from compressor.profile import (
     Profile,
     load_profile,
@@ -42,7 +43,8 @@ output_tokens = 64
 def test_the_promised_profiles_ship() -> None:
     promised = {
         *("starter-cpu", "laptop-cpu", "xeon-cpu", "raspberry-pi-5", "jetson-orin-16g", "t4-16g"),
-        *("l4-24g", "rtx-4090-24g", "a100-40g", "a100-80g", "h100-80g"),
+        *("l4-24g", "a10g-24g", "rtx-4090-24g", "a100-40g", "l40s-48g", "a100-80g", "h100-80g"),
+        *("h200-141g", "b200-180g"),
     }
     assert promised <= set(profile_names())
 
@@ -61,6 +63,43 @@ def test_gpu_profiles_name_their_bandwidth() -> None:
     known = {"t4-16g": 320, "a100-40g": 1555, "h100-80g": 3350, "jetson-orin-16g": 102.4}
     found = {p.name: p.device.memory_bandwidth_gb_s for p in load_profiles()}
     assert {name: found[name] for name in known} == known
+
+
+MODELS = {
+    "Llama-3.2-3B": ModelShape(3072, 8192, 28, 24, 8, 128, 128256, tie_word_embeddings=True),
+    "LLaMA2-7B": ModelShape(4096, 11008, 32, 32, 32, 128, 32000),
+    "LLaMA2-13B": ModelShape(5120, 13824, 40, 40, 40, 128, 32000),
+    "CodeLlama-34B": ModelShape(8192, 22016, 48, 64, 8, 128, 32000),
+}
+
+
+@pytest.mark.parametrize("name", [p.name for p in load_profiles() if p.device.kind == "cuda"])
+def test_a_gpus_budget_binds_for_the_model_that_its_file_names(name: str) -> None:
+    profile, text = load_profile(name), " ".join(profile_text(name).replace("#", " ").split())
+    (model,) = [model for model in MODELS if f"workload below: {model} for" in text]
+    space = profile_space(MODELS[model], profile)
+    whole, smallest = (
+        served_memory(MODELS[model], subnet, profile) for subnet in (space.full, space.smallest)
+    )
+    assert smallest.total <= profile.budgets.memory_bytes < whole.total
+    assert f"it takes {whole.total / 2**30:.1f} GiB" in text
+    assert f"search space {smallest.total / 2**30:.1f}:" in text
+    assert f"{model} for {profile.workload.concurrency} request" in text
+    assert profile.device.matrix_tflops and profile.device.compute_capability
+
+
+def test_numerics_that_the_card_has_no_kernels_for_are_refused_by_name() -> None:
+    b200, a100 = (profile_text(name) for name in ("b200-180g", "a100-40g"))
+    assert load_profile("b200-180g").numerics == "fp8"
+    with pytest.raises(InputError, match=r"no INT8 kernels for compute capability 10\.0: set fp8"):
+        parse_profile(b200.replace('numerics = "fp8"', 'numerics = "int8"'), "mine")
+    with pytest.raises(InputError, match=r"8\.0 has no FP8 units"):
+        parse_profile(a100.replace('numerics = "int8"', 'numerics = "fp8"'), "mine")
+    with pytest.raises(InputError, match="vLLM's: set engine"):
+        parse_profile(GOOD.replace('name = "mine"', 'name = "mine"\nnumerics = "fp8"'), "mine")
+    for name in ("l4-24g", "rtx-4090-24g", "h100-80g"):
+        text = profile_text(name).replace('numerics = "int8"', 'numerics = "fp8"')
+        assert parse_profile(text, "mine").numerics == "fp8"
 
 
 def test_the_starter_profile_binds_for_the_starter_model() -> None:

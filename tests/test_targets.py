@@ -15,9 +15,9 @@ from compressor.events import Event, Message
 from compressor.ledger import Ledger
 from compressor.pipeline import targets
 from compressor.pipeline.context import Context
-from compressor.pipeline.targets import OnnxTarget, check_target
+from compressor.pipeline.targets import OnnxTarget, VllmTarget, check_target
 from compressor.presets import PRESETS
-from compressor.profile import Profile
+from compressor.profile import Profile, load_profile
 from compressor.request import RunRequest
 from compressor.runfolder import RunFolder, Weights
 from compressor.space import SubNetwork
@@ -39,9 +39,22 @@ def ask(cluster: str = "", **profile: object) -> RunRequest:
     )
 
 
-def test_vllm_has_no_weights_of_four_bits() -> None:
-    with pytest.raises(InputError, match="asks vLLM for weights of 4 bits"):
-        check_target(ask(numerics="int4"))
+def test_vllm_takes_weights_of_four_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(targets, "vllm_python", lambda: Path("python"))
+    check_target(ask(numerics="int4"))
+    check_target(ask(space={"bits": [4, 8]}))
+
+
+def test_on_a_gpu_all_that_its_users_would_pick_instead_is_measured(tmp_path: Path) -> None:
+    for name, expected in (
+        ("a100-40g", ("int8", "int4")),
+        ("h100-80g", ("fp8", "int8", "int4")),
+        ("b200-180g", ("fp8", "int4")),
+    ):
+        request = ask().model_copy(update={"profile": load_profile(name)})
+        run = RunFolder.create_or_update(tmp_path / name, request.model_dump(mode="json"))
+        context = Context(run, request, Ledger(run.ledger), device.detect(), lambda _: None)
+        assert VllmTarget(context, Weights(tmp_path, tmp_path)).reference_numerics == expected
 
 
 def test_vllm_is_not_measured_through_a_cluster() -> None:

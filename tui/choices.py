@@ -79,7 +79,7 @@ class Choices:
             "tasks": ",".join(stored.tasks),
             "task_data": stored.task_data,
             "train_data": stored.train_data,
-            "lora_rank": stored.lora_rank or None,
+            "lora_rank": stored.lora_rank,
             **{f"tuning_{name}": value for name, value in stored.tuning.told.items()},
             "num_fewshot": stored.num_fewshot,
             "limit": stored.limit,

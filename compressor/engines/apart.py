@@ -14,7 +14,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from compressor.errors import CompressorError, InputError, UnfitMachineError
+from compressor.errors import (
+    CompressorError,
+    InputError,
+    MemoryExhaustedError,
+    UnfitMachineError,
+    WorkerDiedError,
+)
 from compressor.measurement import Measurement
 from compressor.profile import Workload
 from compressor.space import Numerics, SubNetwork
@@ -107,10 +113,15 @@ def error_of(error: CompressorError) -> dict[str, Any]:
 
 
 def measurement_of(answer: Mapping[str, Any]) -> Measurement:
-    """The measurement in an answer. Raises ``InputError`` or ``UnfitMachineError`` for an error."""
+    """The measurement in an answer. Raises ``InputError`` or an ``UnfitMachineError`` for an error."""
     if "error" in answer:
-        raise (InputError if answer["kind"] == "InputError" else UnfitMachineError)(answer["error"])
+        raise _KINDS.get(answer["kind"], UnfitMachineError)(answer["error"])
     return Measurement(**answer)
+
+
+_KINDS: Mapping[str, type[CompressorError]] = {
+    kind.__name__: kind for kind in (InputError, MemoryExhaustedError, WorkerDiedError)
+}
 
 
 def main() -> int:

@@ -20,10 +20,13 @@ from compressor.engines.rounding import EMBED, HEAD, Rounding, layer_linears
 from compressor.errors import InputError
 from compressor.space import ZERO_POINTS
 
-MOST_TOKENS = 16_384
+MOST_TOKENS = 8192
 """Tokens of calibration text that are read; more change little and take longer."""
 LEAST_TOKENS = 512
 BATCH_TOKENS = 2048
+DOUBTFUL = 1.5
+"""How many times the error on the text it was rounded by a matrix may have on other text before it is asked
+whether the nearest values do better there."""
 HELD_OUT = 4
 """Every so many-th batch is kept from rounding, to tell whether errors passed on help on other text."""
 
@@ -209,11 +212,13 @@ def _best(weight: Tensor, moments: _Moments, bits: int, refine: bool) -> Quantiz
     passed = Quantized.stacked(parts)
     if moments.held is None:
         return passed
-    nearest, wide = quantize(weight, bits), weight.float()
-    errors = [
-        output_error(wide, matrix.values(weight.shape[1]), moments.held) for matrix in (passed, nearest)
-    ]
-    return passed if errors[0] <= errors[1] else nearest
+    wide, columns = weight.float(), weight.shape[1]
+    values = passed.values(columns)
+    held = output_error(wide, values, moments.held)
+    if held <= DOUBTFUL * output_error(wide, values, moments.learnt):
+        return passed
+    nearest = quantize(weight, bits)
+    return passed if held <= output_error(wide, nearest.values(columns), moments.held) else nearest
 
 
 ROWS_AT_ONCE = 8192

@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 
 from compressor.engines.energy import EnergyMeter
-from compressor.errors import UnfitMachineError
+from compressor.errors import MemoryExhaustedError, UnfitMachineError
 
 OTHER_LOAD_SHARE = 0.1
 """Share of the cores that other processes may use before figures are marked."""
@@ -69,6 +69,30 @@ def require_free_memory(
             f"{needed_bytes / 2**30:.2f} GiB of memory are needed and {free / 2**30:.2f} GiB are free: "
             "close other programs, or lower --memory-budget"
         )
+
+
+def require_free_gpu(needed_bytes: int, free_bytes: Callable[[], int] | None = None) -> None:
+    """Raise ``MemoryExhaustedError`` before an engine starts on a GPU whose memory is not free; nothing is
+    asked where there is none. ``free_bytes``: of the first GPU, unless given."""
+    free = (free_bytes or _free_gpu_bytes)()
+    if 0 <= free < needed_bytes:
+        raise MemoryExhaustedError(
+            f"{needed_bytes / 2**30:.2f} GiB of the GPU's memory are needed and {free / 2**30:.2f} GiB are "
+            "free: end what else runs on it, or lower --memory-budget"
+        )
+
+
+def _free_gpu_bytes() -> int:
+    """Of the first GPU; -1 where there is none."""
+    import torch
+
+    return int(torch.cuda.mem_get_info()[0]) if torch.cuda.is_available() else -1
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an engine's error says that memory ran out."""
+    words = ("out of memory", "no available memory", "insufficient memory", "larger than the available")
+    return isinstance(error, MemoryError) or any(word in str(error).lower() for word in words)
 
 
 def others_share() -> float:

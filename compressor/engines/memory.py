@@ -10,6 +10,7 @@ widths differ. What Python takes is not counted.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 from compressor.engines.base import MemoryEstimate
 from compressor.heap import give_back_freed
@@ -26,6 +27,9 @@ from compressor.space import (
     weight_bytes,
 )
 
+if TYPE_CHECKING:
+    from compressor.engines.vllm_schemes import VllmNumerics
+
 _PACKING_BYTES = {8: 4 + (4 - SCALE_BYTES), 4: 4 + (4 - SCALE_BYTES) + 1.5}
 """Of a block, by its bits: its sum, and what its scale grows by; in 4 bits a little more, as measured."""
 _ARENA_SLACK, _ARENA_HOLES = 1.05, 0.6
@@ -34,8 +38,12 @@ _ARENA_SLACK, _ARENA_HOLES = 1.05, 0.6
 _SESSION_BYTES, _LAYER_BYTES = 14 * 2**20, 460 * 2**10
 """Kernels and threads of a session, and what each layer's nodes take in it."""
 
+VLLM_QUANTIZED = ("int8", "int4", "fp8")
 VLLM_ELEMENT = 2
 """Bytes of a number that vLLM keeps in floating point: bf16."""
+VLLM_MOST_TOKENS = 8192
+"""Tokens that vLLM takes at once, at most, measured, scored and served: more make it no faster and take
+memory from the cache."""
 VLLM_BLOCK_TOKENS = 128
 """Tokens of a block of vLLM's key-value cache on CPUs, of several on GPUs."""
 
@@ -75,16 +83,13 @@ def shipped_weight_bytes(
 ) -> int:
     """Bytes of the weights as the engine's package holds them.
 
-    vLLM's INT8 is W8A8: one fp32 scale a row of a layer's matrix, and embeddings, head and norms in bf16.
+    vLLM's quantized ones have embeddings, head and norms in bf16.
     """
-    if engine != "vllm" or numerics != "int8":
-        return weight_bytes(shape, subnet, numerics)
-    outer = shape.vocab_size * shape.hidden_size * (1 if shape.tie_word_embeddings else 2) + shape.hidden_size
-    total = VLLM_ELEMENT * outer
-    for width in subnet.widths:
-        matrices = (*shape.attention_matrices(), *shape.mlp_matrices(width))
-        total += sum(n * k + 4 * n for n, k in matrices) + VLLM_ELEMENT * shape.layer_vectors(width)
-    return total
+    if engine == "vllm" and numerics in VLLM_QUANTIZED:
+        from compressor.engines.vllm_schemes import packaged_bytes
+
+        return packaged_bytes(shape, subnet, cast("VllmNumerics", numerics))
+    return weight_bytes(shape, subnet, numerics)
 
 
 def vllm_cache_bytes(layers: int, kv_size: int, workload: Workload, element: int = VLLM_ELEMENT) -> int:
@@ -95,7 +100,7 @@ def vllm_cache_bytes(layers: int, kv_size: int, workload: Workload, element: int
 
 def vllm_batch_tokens(workload: Workload) -> int:
     """Tokens that vLLM is told to take at once, for which it makes room as it starts."""
-    return max(2048, workload.concurrency * workload.prompt_tokens)
+    return min(VLLM_MOST_TOKENS, max(2048, workload.concurrency * workload.prompt_tokens))
 
 
 def package_bytes(shape: ModelShape, subnet: SubNetwork, numerics: Numerics = "int8") -> int:

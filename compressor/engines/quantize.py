@@ -113,6 +113,14 @@ def quantize(weight: Tensor, bits: int) -> Quantized:
     return Quantized.stacked([_nearest(rows, bits) for rows in parts])
 
 
+def quantize_evenly(weight: Tensor, bits: int) -> Quantized:
+    """The same around one zero point, for runtimes that have no others."""
+    if bits not in ZERO_POINTS:
+        return quantize(weight, bits)
+    grid = extreme_grid(blocked(weight, QUANT_BLOCK[bits]), bits)
+    return Quantized(_pack(grid.integers(weight).to(torch.uint8), bits), grid.scales.half(), None, bits)
+
+
 def pack(integers: Tensor, grid: Grid) -> Quantized:
     """Integers [N, blocks, block] of a grid as they are stored."""
     zeros = _pack(grid.zeros.to(torch.uint8), grid.bits) if grid.bits in ZERO_POINTS else None
@@ -157,6 +165,15 @@ def fitted_grid(blocks: Tensor, bits: int, importance: Tensor | None = None) -> 
             )
     assert best is not None
     return Grid(best[1], best[2], bits)
+
+
+def extreme_grid(blocks: Tensor, bits: int) -> Grid:
+    """The grid around 0 over blocks [N, blocks, block] whose last step, which has no positive twin, is each
+    block's extreme value: scales may be negative."""
+    low, high = blocks.amin(dim=-1), blocks.amax(dim=-1)
+    half = 2 ** (bits - 1)
+    scales = stored(torch.where(high > -low, high, low) / -half)
+    return Grid(scales, torch.full_like(scales, half), bits)
 
 
 def stored(scales: Tensor) -> Tensor:

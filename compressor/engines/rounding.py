@@ -5,7 +5,7 @@ What scoring computes with, what a tuning learns with and what a package holds i
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,16 @@ _PARTS = ("integers", "scales", "zeros")
 
 
 class Rounding:
-    """Rounded matrices by their modules' names and bits; any that is not among them rounds to the nearest."""
+    """Rounded matrices by their modules' names and bits; any that is not among them rounds to the nearest, by
+    ``nearest``."""
 
-    def __init__(self, matrices: Mapping[tuple[str, int], Quantized] | None = None) -> None:
+    def __init__(
+        self,
+        matrices: Mapping[tuple[str, int], Quantized] | None = None,
+        nearest: Callable[[Tensor, int], Quantized] = quantize,
+    ) -> None:
         self._matrices = dict(matrices or {})
+        self._nearest = nearest
 
     def __len__(self) -> int:
         return len(self._matrices)
@@ -39,7 +45,7 @@ class Rounding:
     def of(self, name: str, weight: Tensor, bits: int) -> Quantized:
         """The matrix of the module ``name`` in so many bits; ``weight`` [N, K] is what it is unrounded."""
         known = self._matrices.get((name, bits))
-        return quantize(weight, bits) if known is None else known
+        return self._nearest(weight, bits) if known is None else known
 
     def values(self, name: str, weight: Tensor, bits: int) -> Tensor:
         """The same as numbers, in the weight's own numerics and shape, on its device."""
@@ -68,11 +74,11 @@ class Rounding:
             ) from error
 
     @classmethod
-    def load(cls, model_folder: Path) -> Rounding:
+    def load(cls, model_folder: Path, nearest: Callable[[Tensor, int], Quantized] = quantize) -> Rounding:
         """What ``save`` kept beside a model; an empty one where nothing is. Raises ``InputError``."""
         path = rounding_file(model_folder)
         if not path.is_file():
-            return cls()
+            return cls(nearest=nearest)
         parts: dict[tuple[str, int], dict[str, Tensor]] = {}
         try:
             with safe_open(path, framework="pt") as stream:
@@ -85,7 +91,7 @@ class Rounding:
             }
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise InputError(f"{path} is damaged ({error}): delete its folder and resume the run") from None
-        return cls(matrices)
+        return cls(matrices, nearest)
 
 
 def rounding_file(model_folder: Path) -> Path:

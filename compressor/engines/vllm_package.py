@@ -1,8 +1,8 @@
 """The vLLM package of a sub-network: its own widths with our plugin, or padded for stock vLLM.
 
-INT8 is compressed-tensors' W8A8: INT8 weights with a scale for each output channel, activations
-quantized for each token as they come. Written straight from the super-network's files, one tensor in
-memory at a time.
+A layer of 8 bits is compressed-tensors' W8A8: INT8 weights with a scale for each output channel, activations
+quantized for each token as they come; one of 4 bits its W4A16, weights in groups and activations as they
+are. Written straight from the super-network's files, one tensor in memory at a time.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,15 +20,14 @@ import torch
 from compressor import __version__
 from compressor.engines.model_card import write_model_card
 from compressor.engines.source import Source
-from compressor.engines.vllm_weights import (
+from compressor.engines.vllm_schemes import (
     FLOAT_TYPES,
     LARGEST,
     LARGEST_NARROW,
     VllmNumerics,
-    check_tensors,
-    plan_tensors,
-    write_tensors,
+    quantization_config,
 )
+from compressor.engines.vllm_weights import check_tensors, plan_tensors, write_tensors
 from compressor.engines.whole import whole_folder
 from compressor.errors import InputError
 from compressor.manifest import Accuracy, Architecture, Manifest, record_files, write_manifest
@@ -67,29 +67,46 @@ def write_package(
     numerics: str = "int8",
     portable: bool = False,
     narrow: bool = False,
+    symmetric: bool = False,
     score: Callable[[Path], list[Accuracy]] | None = None,
 ) -> Manifest:
     """Write the package of a sub-network of the super-network in folder ``supernet``.
 
-    ``fields`` go to the manifest (``name`` and ``base_model`` at least). ``numerics`` is ``int8``,
-    ``bf16`` or ``fp32``. ``portable`` zero-pads every MLP to the widest one, so that vLLM serves the
-    package without our plugin, at more bytes and less speed. ``narrow`` keeps INT8 weights within 7 bits,
-    for CPUs on which sums of full ones saturate (``cpu.saturates``). ``folder`` must not exist; it is
-    whole or absent, and what is on the disk has been compared with what was meant. ``score`` gives the
-    accuracy of what lies in a folder, for the manifest and the model card.
+    ``fields`` go to the manifest (``name`` and ``base_model`` at least). ``numerics`` is ``int8`` (each layer
+    in its own bits), ``int4``, ``fp8``, ``bf16`` or ``fp32``. ``portable`` zero-pads every MLP to the widest
+    one, so that vLLM serves the package without our plugin, at more bytes and less speed. ``narrow`` keeps
+    INT8 weights within 7 bits, for CPUs on which sums of full ones saturate (``cpu.saturates``);
+    ``symmetric`` activations are for GPUs. ``folder`` must not exist; it is whole or absent, and what is on
+    the disk has been compared with what was meant. ``score`` gives the accuracy of what lies in a folder, for
+    the manifest and the model card.
 
     Raises ``InputError`` for numerics vLLM cannot serve or a damaged super-network, and
     ``PackageError`` if the package cannot be written.
     """
     _check_numerics(subnet, numerics)
     with whole_folder(folder) as scratch:
-        return _fill(supernet, subnet, scratch, fields, cast(VllmNumerics, numerics), portable, narrow, score)
+        form = _Form(cast(VllmNumerics, numerics), portable, narrow, symmetric)
+        return _fill(supernet, subnet, scratch, fields, form, score)
+
+
+@dataclass(frozen=True)
+class _Form:
+    """In what form a sub-network is packaged: see ``write_package``."""
+
+    numerics: VllmNumerics
+    portable: bool
+    narrow: bool
+    symmetric: bool
 
 
 def package_config(
-    base: Mapping[str, Any], subnet: SubNetwork, numerics: VllmNumerics, portable: bool = False
+    base: Mapping[str, Any],
+    subnet: SubNetwork,
+    numerics: VllmNumerics,
+    portable: bool = False,
+    symmetric: bool = False,
 ) -> dict[str, Any]:
-    """The package's ``config.json`` from the super-network's.
+    """The package's ``config.json`` from the super-network's; ``symmetric`` activations are for GPUs.
 
     Raises ``InputError`` for a model that is not of a family in ``ELASTIC``.
     """
@@ -108,44 +125,17 @@ def package_config(
         config["max_window_layers"] = sum(layer < config["max_window_layers"] for layer in subnet.layers)
     if not portable and len(set(subnet.widths)) > 1:
         config |= {"architectures": [ELASTIC[family]], "intermediate_sizes": list(subnet.widths)}
-    if numerics == "int8":
-        config["quantization_config"] = quantization_config()
+    quantized = quantization_config(subnet, numerics, symmetric)
+    if quantized is not None:
+        config["quantization_config"] = quantized
     return config
-
-
-def quantization_config() -> dict[str, Any]:
-    """W8A8 as compressed-tensors declares it.
-
-    Activations are asymmetric: on a CPU with AMX that takes vLLM to oneDNN's kernel, whose error was a
-    third of the other's, and oneDNN is what every other CPU runs in any case.
-    """
-    weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
-    activations = {"num_bits": 8, "type": "int", "symmetric": False, "strategy": "token", "dynamic": True}
-    return {
-        "quant_method": "compressed-tensors",
-        "format": "int-quantized",
-        "quantization_status": "compressed",
-        "ignore": ["lm_head"],
-        "kv_cache_scheme": None,
-        "config_groups": {
-            "group_0": {
-                "targets": ["Linear"],
-                "weights": weights,
-                "input_activations": activations,
-                "output_activations": None,
-            }
-        },
-    }
 
 
 def _check_numerics(subnet: SubNetwork, numerics: str) -> None:
     if numerics not in FLOAT_TYPES:
         raise InputError(f"vLLM packages come in {', '.join(FLOAT_TYPES)}, not in '{numerics}'")
-    if numerics == "int8" and set(subnet.bits) != {8}:
-        raise InputError(
-            "this sub-network has layers of 4 bits, which only ONNX Runtime packages hold: "
-            "choose --engine onnxruntime, or search with 8 bits alone"
-        )
+    if numerics == "int8" and not set(subnet.bits) <= {4, 8}:
+        raise InputError(f"vLLM packages have layers of 8 or 4 bits, not of {sorted(set(subnet.bits))}")
 
 
 def _fill(
@@ -153,17 +143,16 @@ def _fill(
     subnet: SubNetwork,
     folder: Path,
     fields: Mapping[str, Any],
-    numerics: VllmNumerics,
-    portable: bool,
-    narrow: bool,
+    form: _Form,
     score: Callable[[Path], list[Accuracy]] | None,
 ) -> Manifest:
     base = read_config(supernet)
-    config = package_config(base, subnet, numerics, portable)
+    config = package_config(base, subnet, form.numerics, form.portable, form.symmetric)
     tied = bool(base.get("tie_word_embeddings"))
     source = Source(supernet)
-    pad_to = max(subnet.widths) if portable else 0
-    entries = plan_tensors(source, subnet, numerics, tied, pad_to, LARGEST_NARROW if narrow else LARGEST)
+    pad_to = max(subnet.widths) if form.portable else 0
+    largest = LARGEST_NARROW if form.narrow else LARGEST
+    entries = plan_tensors(source, subnet, form.numerics, tied, pad_to, largest)
     path = folder / WEIGHTS_NAME
     write_tensors(entries, path)
     check_tensors(entries, path)
@@ -183,8 +172,8 @@ def _fill(
         | dict(fields)
         | {
             "engine": "vllm",
-            "numerics": numerics,
-            "narrow_weights": narrow,
+            "numerics": form.numerics,
+            "narrow_weights": form.narrow,
             "architecture": Architecture(**subnet.to_dict()),
             "parameters": sum(entry.elements for entry in unpadded),
             "weight_bytes": sum(entry.nbytes for entry in entries),

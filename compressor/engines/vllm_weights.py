@@ -1,7 +1,6 @@
 """The tensors of a vLLM package: slices of the super-network, quantized, streamed to one file.
 
-INT8 is compressed-tensors' W8A8: symmetric integers, one fp32 scale for each output channel.
-Format: https://github.com/huggingface/safetensors and https://github.com/vllm-project/compressed-tensors
+Format: https://github.com/huggingface/safetensors; what stands for a matrix: ``vllm_schemes``.
 """
 
 from __future__ import annotations
@@ -13,25 +12,23 @@ import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from compressor.engines.source import Source
+from compressor.engines.vllm_schemes import FLOAT_TYPES, LARGEST, Part, Scheme, VllmNumerics, parts, schemes
 from compressor.errors import InputError, PackageError
 from compressor.space import SubNetwork
 
-VllmNumerics = Literal["int8", "bf16", "fp32"]
-
-FLOAT_TYPES: dict[str, torch.dtype] = {"int8": torch.bfloat16, "bf16": torch.bfloat16, "fp32": torch.float32}
-"""What stays in floating point under each numerics: embeddings, norms, biases."""
-
-LARGEST, LARGEST_NARROW = 127, 63
-"""The largest weight of a row in INT8, and where CPUs add two products of bytes in 16 bits: 2 * 255 * 63 fits
-there, more would saturate. (oneDNN's developer guide, "Nuances of int8 computations".)"""
-
-_NAMES = {torch.int8: "I8", torch.bfloat16: "BF16", torch.float32: "F32"}
+_NAMES = {
+    torch.int8: "I8",
+    torch.int32: "I32",
+    torch.int64: "I64",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.bfloat16: "BF16",
+    torch.float32: "F32",
+}
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 _WIDE_ROWS = ("mlp.gate_proj.", "mlp.up_proj.")
 _WIDE_COLUMNS = "mlp.down_proj.weight"
@@ -72,6 +69,7 @@ def plan_tensors(
     present = {int(found[1]) for name in source.names() if (found := _LAYER.fullmatch(name))}
     if missing := sorted(set(subnet.layers) - present):
         raise InputError(f"the super-network has no weights of layer {missing[0]}: copy it again")
+    of_layer = schemes(subnet, numerics)
     entries = []
     for name in source.names():
         found = _LAYER.fullmatch(name)
@@ -82,7 +80,8 @@ def plan_tensors(
             new = position[layer]
             width = subnet.widths[new]
             target = f"model.layers.{new}.{found[2]}"
-            entries += _of_layer(source, name, target, width, max(width, pad_to), numerics, largest)
+            padded = max(width, pad_to)
+            entries += _of_layer(source, name, target, width, padded, of_layer[new], numerics, largest)
     return sorted(entries, key=lambda entry: (-entry.dtype.itemsize, entry.name))
 
 
@@ -123,24 +122,13 @@ def check_tensors(entries: Sequence[Entry], path: Path) -> None:
                 )
 
 
-def channel_scales(weight: Tensor, largest: int = LARGEST) -> Tensor:
-    """The scale of each output channel of a matrix [N, K]: fp32 [N, 1], 1 for a row of zeros."""
-    scales = weight.float().abs().amax(dim=1, keepdim=True) / largest
-    return torch.where(scales == 0, torch.ones_like(scales), scales)
-
-
-def quantize_channels(weight: Tensor, largest: int = LARGEST) -> Tensor:
-    """A matrix [N, K] as int8 multiples of ``channel_scales``."""
-    scaled = weight.float() / channel_scales(weight, largest)
-    return scaled.round_().clamp_(-largest, largest).to(torch.int8)
-
-
 def _of_layer(
     source: Source,
     name: str,
     target: str,
     width: int,
     padded: int,
+    scheme: Scheme,
     numerics: VllmNumerics,
     largest: int,
 ) -> list[Entry]:
@@ -154,16 +142,16 @@ def _of_layer(
         kept, full = (shape[0], width), (shape[0], padded)
     if any(part > whole for part, whole in zip(kept, shape, strict=True)):
         raise InputError(f"the super-network's {name} has shape {shape}, too small for a width of {width}")
-    if numerics != "int8" or len(shape) == 1:
+    if scheme == "float" or len(shape) == 1:
         return [_plain(source, name, target, kept, FLOAT_TYPES[numerics], full)]
 
-    def matrix() -> Tensor:
-        return _padded(source.read(name, kept), full)
+    def entry(part: Part) -> Entry:
+        def make() -> Tensor:
+            return part.make(_padded(source.read(name, kept), full))
 
-    return [
-        Entry(target, torch.int8, full, lambda: quantize_channels(matrix(), largest)),
-        Entry(f"{target}_scale", torch.float32, (full[0], 1), lambda: channel_scales(matrix(), largest)),
-    ]
+        return Entry(f"{target}{part.suffix}", part.dtype, part.shape, make)
+
+    return [entry(part) for part in parts(scheme, full, largest)]
 
 
 def _plain(

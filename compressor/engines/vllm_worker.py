@@ -14,14 +14,15 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
 from compressor.engines.apart import BenchRequest, error_of, measurement_of
+from compressor.engines.children import end_child, start_child
+from compressor.engines.host import out_of_memory
 from compressor.environments import ROOT
-from compressor.errors import CompressorError, UnfitMachineError
+from compressor.errors import CompressorError, MemoryExhaustedError, WorkerDiedError
 from compressor.measurement import Measurement
 from compressor.profile import Workload
 from compressor.space import Numerics, SubNetwork
@@ -50,22 +51,22 @@ class VllmWorker:
     ) -> Measurement:
         """A sub-network of the super-network in a folder, with made-up weights: its speed and memory.
 
-        Raises ``InputError``, or ``UnfitMachineError`` where vLLM cannot load it or the process died.
+        Raises ``InputError``, ``UnfitMachineError`` where vLLM cannot load it, ``MemoryExhaustedError`` where
+        memory ran out, or ``WorkerDiedError``; after these two the next is measured by a new process.
         """
         request = BenchRequest(subnet, workload, numerics, threads, max_seconds)
         asked = {"supernet": str(supernet.resolve()), "request": request.to_dict()}
-        return measurement_of(self._ask(asked, START_SECONDS + request.allowed_seconds))
+        try:
+            return measurement_of(self._ask(asked, START_SECONDS + request.allowed_seconds))
+        except MemoryExhaustedError:
+            self.close()  # what a failed start leaves behind would lack the next
+            raise
 
     def close(self) -> None:
         """End the process."""
         process, self._process = self._process, None
         if process is not None:
-            assert process.stdin is not None and process.stdout is not None
-            process.kill()
-            process.wait()
-            with suppress(OSError):  # what it no longer read
-                process.stdin.close()
-            process.stdout.close()
+            end_child(process)
         if self._log is not None:
             self._log.close()
             self._log = None
@@ -83,7 +84,7 @@ class VllmWorker:
         if not line:
             reason = self._reason(seconds)
             self.close()
-            raise UnfitMachineError(
+            raise WorkerDiedError(
                 f"the vLLM that was to measure a sub-network {reason}: free memory and try again"
             )
         answer: dict[str, Any] = json.loads(line)
@@ -91,14 +92,8 @@ class VllmWorker:
 
     def _started(self) -> subprocess.Popen[str]:
         self._log = tempfile.TemporaryFile()  # noqa: SIM115
-        self._process = subprocess.Popen(
-            [str(self._python), "-m", "compressor.engines.vllm_worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            text=True,
-            cwd=ROOT,
-        )
+        command = [str(self._python), "-m", "compressor.engines.vllm_worker"]
+        self._process = start_child(command, ROOT, self._log)
         return self._process
 
     def _reason(self, seconds: float) -> str:
@@ -137,6 +132,10 @@ def _answer(asked: Mapping[str, Any]) -> dict[str, Any]:
             candidate.close()
     except CompressorError as error:
         return error_of(error)
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise  # whatever it was, this process can't be trusted any more
+        return error_of(MemoryExhaustedError(f"memory ran out while a sub-network was measured: {error}"))
 
 
 def _readable(stream: IO[str], seconds: float) -> bool:

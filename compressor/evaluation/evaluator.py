@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,7 @@ from compressor.evaluation.racing import ALPHA, Raced, most_looks, run_race, run
 from compressor.evaluation.score import Items, Score
 from compressor.evaluation.taskdata import Split
 from compressor.evaluation.tasks import LoadedTask, check_names, load_tasks
+from compressor.evaluation.tasksize import SEARCH_ITEMS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -24,13 +25,17 @@ if TYPE_CHECKING:
     from compressor.evaluation.scorer import Likelihoods, Plan
     from compressor.evaluation.shared_layers import SharedLayers
 
-    LikelihoodsOf = Callable[[Sequence[Encoded]], Likelihoods]
+    class LikelihoodsOf(Protocol):
+        """Scores requests; ``greedy``: and says which continuations are greedy."""
+
+        def __call__(self, encoded: Sequence[Encoded], *, greedy: bool = True) -> Likelihoods: ...
+
 
 RACING_OVERHEAD = 1.25
 """Most tokens that a race run to its end may cost, in those of scoring all items at once."""
-RUNG_TOKENS = 3700
-"""About the tokens of a rung: they nearly fill two passes (``schedule.BLOCK_BYTES``), one for each of two
-threads. A few more make four small passes, which took a sixth longer."""
+RUNG_TOKENS = {"cpu": 3700, "cuda": 31000}
+"""About the tokens of a rung: they nearly fill two passes (``schedule.BLOCK_BYTES``), on a CPU one for each
+of two threads. A few more make four small passes, which took a sixth longer there."""
 
 
 class TaskEvaluator:
@@ -88,7 +93,7 @@ class TaskEvaluator:
         from compressor.evaluation.scorer import score_plan
 
         prepared = self._prepare_for(model, split)
-        looks = prepared.looks(self.seed)
+        looks = prepared.looks(self.seed, RUNG_TOKENS.get(model.device.type, RUNG_TOKENS["cpu"]))
         if looks == 1:
             return Raced(self.score(model, split, shared), None, prepared.num_items, prepared.num_items)
         found: list[tuple[Prepared, Likelihoods]] = []
@@ -106,12 +111,13 @@ class TaskEvaluator:
     def score_artefact(self, likelihoods: LikelihoodsOf, split: Split = "report") -> Score:
         """Accuracy of the artefact itself, by what its engine makes of the requests."""
         prepared = self.prepare(split)
-        return prepared.score(likelihoods(prepared.encoded))
+        return prepared.score(likelihoods(prepared.encoded, greedy=bool((prepared.golds < 0).any())))
 
     def key(self, split: Split = "search") -> str:
         """Name of this evaluation in the ledger: tasks, split, few-shot count, limit and seed."""
         shots = "own" if self.num_fewshot is None else str(self.num_fewshot)
-        limit = "all" if self.limit is None else str(self.limit)
+        most = f"most{SEARCH_ITEMS}" if split == "search" else "all"
+        limit = most if self.limit is None else str(self.limit)
         return f"{'+'.join(self.names)}:{split}:shots{shots}:limit{limit}:seed{self.seed}"
 
     def prepare(self, split: Split) -> Prepared:
@@ -187,13 +193,13 @@ class Prepared:
             )
         return self._parts[rung]
 
-    def looks(self, seed: int) -> int:
+    def looks(self, seed: int, rung_tokens: int = RUNG_TOKENS["cpu"]) -> int:
         """Rungs of a race: fewer where items are short, and where they share long prefixes, which every rung
         computes anew."""
         if self._looks is None:
             tokens = self.plan().packing.tokens
             most = RACING_OVERHEAD * tokens
-            self._looks = max(1, min(most_looks(self.num_items), round(tokens / RUNG_TOKENS)))
+            self._looks = max(1, min(most_looks(self.num_items), round(tokens / rung_tokens)))
             while self._looks > 1 and self._tokens(seed, self._looks) > most:
                 self._looks //= 2
                 self._parts.clear()
@@ -239,9 +245,10 @@ class Prepared:
 def _prepare(tasks: Sequence[LoadedTask], encoder: Encoder) -> Prepared:
     docs, pairs, counts, strata, golds = [], [], [], [], []
     for stratum, task in enumerate(tasks):
+        wanted = set(task.rows)
         for number, doc in enumerate(task.task.eval_docs):
-            if number == task.size:
-                break
+            if number not in wanted:
+                continue
             arguments, gold = _requests(task, doc, number)
             docs.append(doc)
             pairs += arguments

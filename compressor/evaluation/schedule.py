@@ -20,8 +20,9 @@ BLOCK_BYTES = {"cpu": 4096, "cuda": 32768}
 stay in the caches."""
 LEAST_BLOCK_TOKENS = 256
 """Fewer are not shared out among threads."""
-WAVE_TOKENS = 8192
-"""Tokens of prefixes whose keys and values are kept at once."""
+WAVE_TOKENS, LEAST_WAVE_TOKENS = 8192, 512
+"""Tokens of prefixes whose keys and values are kept at once: where memory is short, no more than fit a
+quarter of what the weights leave of it."""
 LONG_ATTENTION = 96
 """From so many keys on, attention is fused (flash): its scores are never held whole, and it is faster."""
 KEYS_STEP, KEYS_OVER = 32, 4
@@ -105,15 +106,24 @@ class Step:
     waits: bool
 
 
-def schedule(packing: Packing, device: torch.device, dtype: torch.dtype) -> list[Step]:
-    """Forward passes in an order that respects prefixes. Made once for any number of sub-networks."""
+def wave_tokens(room_bytes: int, kept_per_token: int) -> int:
+    """Tokens of a wave where so much memory is left beside the weights. What a device has decides, not what
+    is free at the moment: in bf16 a score depends a little on what is computed beside it."""
+    return max(LEAST_WAVE_TOKENS, min(WAVE_TOKENS, room_bytes // 4 // max(1, kept_per_token)))
+
+
+def schedule(
+    packing: Packing, device: torch.device, dtype: torch.dtype, wave: int = WAVE_TOKENS
+) -> list[Step]:
+    """Forward passes in an order that respects prefixes, of which ``wave`` tokens are kept at once. Made once
+    for any number of sub-networks."""
     first_rows = np.cumsum([0, *(len(tree.scored) for tree in packing.trees)])
     budget = BLOCK_BYTES.get(device.type, BLOCK_BYTES["cpu"]) // dtype.itemsize
     workers = most_workers() if device.type == "cpu" else 1
     layout = _Layout(packing, first_rows, device)
     steps = []
     last_reader = _last_readers(packing)
-    for prefixes, leaves in _waves(packing):
+    for prefixes, leaves in _waves(packing, wave):
         levels = _levels(packing, prefixes)
         for kept, trees in (*((True, level) for level in levels), (False, leaves)):
             for number, block in enumerate(_blocks(packing, trees, budget, workers)):
@@ -124,7 +134,7 @@ def schedule(packing: Packing, device: torch.device, dtype: torch.dtype) -> list
     return steps
 
 
-def _waves(packing: Packing) -> Iterator[tuple[list[int], list[int]]]:
+def _waves(packing: Packing, most: int) -> Iterator[tuple[list[int], list[int]]]:
     """Runs of prefixes, in depth-first order, with the trees that hang from them."""
     leaves_of: dict[int, list[int]] = {}
     for number in range(packing.prefixes, len(packing.trees)):
@@ -134,7 +144,7 @@ def _waves(packing: Packing) -> Iterator[tuple[list[int], list[int]]]:
     kept = 0
     for prefix in range(packing.prefixes):
         kept += packing.prefix_length(prefix)
-        if wave and kept > WAVE_TOKENS:
+        if wave and kept > most:
             yield wave, leaves
             wave, leaves, kept = [], [], packing.prefix_length(prefix)
         wave.append(prefix)

@@ -21,7 +21,7 @@ from compressor.compute import gpu_matmul_flops
 from compressor.evaluation.encoding import Encoded, Encoder, max_length_of
 from compressor.evaluation.forward import PackedModel
 from compressor.evaluation.packing import CPU_COSTS, TILED_COSTS, Costs, Packing, pack
-from compressor.evaluation.schedule import Step, schedule
+from compressor.evaluation.schedule import WAVE_TOKENS, Step, schedule, wave_tokens
 from compressor.evaluation.shared_layers import SharedLayers
 from compressor.evaluation.workers import most_workers
 
@@ -67,11 +67,11 @@ class Plan:
         """Requests that were longer than the model takes and lost tokens on the left."""
         return sum(request.truncated for request in self.encoded)
 
-    def steps(self, device: torch.device, dtype: torch.dtype) -> list[Step]:
+    def steps(self, device: torch.device, dtype: torch.dtype, wave: int = WAVE_TOKENS) -> list[Step]:
         """The forward passes for a model on ``device`` that computes in ``dtype``, laid out once."""
         key = device, dtype
         if key not in self._steps:
-            self._steps[key] = schedule(self.packing, device, dtype)
+            self._steps[key] = schedule(self.packing, device, dtype, wave)
         return self._steps[key]
 
 
@@ -87,11 +87,24 @@ def costs_of(model: PreTrainedModel) -> Costs:
     return Costs(prefix=LAUNCH_SECONDS * gpu_matmul_flops() / layer_flops)
 
 
+def wave_of(model: PreTrainedModel) -> int:
+    """Tokens of prefixes whose keys and values a model keeps at once: fewer where its GPU is small for it."""
+    if model.device.type != "cuda":
+        return WAVE_TOKENS
+    total = torch.cuda.get_device_properties(model.device).total_memory
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    config: Any = model.config
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    kept = 2 * config.num_hidden_layers * heads * head * model.dtype.itemsize
+    return wave_tokens(total - weights, kept)
+
+
 def score_plan(plan: Plan, model: PreTrainedModel, shared: SharedLayers | None = None) -> Likelihoods:
     """Log-likelihoods of a plan's requests under a model, as it stands; see ``PackedModel``."""
     with torch.inference_mode():
         packed = PackedModel(model, shared)
-        hidden = packed.run(plan.steps(packed.device, packed.dtype), plan.packing.num_rows)
+        hidden = packed.run(plan.steps(packed.device, packed.dtype, wave_of(model)), plan.packing.num_rows)
         return _collect(plan.packing, hidden, packed)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -11,8 +12,11 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from compressor.errors import InputError
 from compressor.evaluation.taskdata import Source, Split, SplitNames, load_splits
+from compressor.evaluation.tasksize import SEARCH_ITEMS
 
 PRESETS: dict[str, dict[str, int | None]] = {
     "paper": {
@@ -38,13 +42,14 @@ _COMMON_FOLDERS = ("arc", "hellaswag", "mmlu/default", "openbookqa", "piqa", "tr
 class LoadedTask:
     """A task without children, ready for requests.
 
-    ``size`` items are to be scored; ``weight`` is the task's share of its top-level name's mean.
+    ``rows`` are the numbers of the items to be scored, ascending; ``weight`` is the task's share of its
+    top-level name's mean.
     """
 
     name: str
     task: Any
     metric: str
-    size: int
+    rows: tuple[int, ...]
     weight: float
 
     @property
@@ -93,7 +98,8 @@ def load_tasks(
     """The tasks that the names stand for, their items those of ``split``.
 
     ``num_fewshot`` overrides a task's own count except where its definition fixes it at 0, as lm-eval
-    does; ``limit`` bounds each task's items; ``seed`` draws the examples. Every top-level name weighs
+    does; ``limit`` bounds each task's items to its first ones. Without it the search split of a name has at
+    most ``SEARCH_ITEMS``, drawn by ``seed`` as the examples are. Every top-level name weighs
     the same; within a group, tasks weigh as the group says (MMLU: by size). Raises ``InputError``.
     """
     if task_data is not None and not task_data.is_dir():
@@ -101,13 +107,32 @@ def load_tasks(
     leaves = _leaves(check_names(names), num_fewshot)
     with _quiet():
         built = [(leaf, _build(leaf, split, task_data, seed)) for leaf in leaves]
-    sizes = [min(len(task.eval_docs), limit or len(task.eval_docs)) for _, task in built]
+    rows = _rows([(leaf.unit, len(task.eval_docs)) for leaf, task in built], split, limit, seed)
     loaded = []
-    for (leaf, task), size in zip(built, sizes, strict=True):
-        siblings = [n for (other, _), n in zip(built, sizes, strict=True) if other.unit == leaf.unit]
-        weight = size / sum(siblings) if leaf.by_size else 1 / len(siblings)
-        loaded.append(LoadedTask(leaf.name, task, _metric(leaf.name, task), size, weight))
+    for (leaf, task), mine in zip(built, rows, strict=True):
+        siblings = [len(n) for (other, _), n in zip(built, rows, strict=True) if other.unit == leaf.unit]
+        weight = len(mine) / sum(siblings) if leaf.by_size else 1 / len(siblings)
+        loaded.append(LoadedTask(leaf.name, task, _metric(leaf.name, task), mine, weight))
     return loaded
+
+
+def _rows(
+    counts: Sequence[tuple[str, int]], split: Split, limit: int | None, seed: int
+) -> list[tuple[int, ...]]:
+    """Which items are scored, for tasks given as (top-level name, items): a name's share falls on its tasks
+    by their size, at least one on each."""
+    totals = Counter[str]()
+    for unit, count in counts:
+        totals[unit] += count
+    chosen = []
+    for number, (unit, count) in enumerate(counts):
+        if limit is not None or split != "search" or totals[unit] <= SEARCH_ITEMS:
+            chosen.append(tuple(range(min(count, limit or count))))
+            continue
+        kept = min(count, max(1, round(count * SEARCH_ITEMS / totals[unit])))
+        drawn = np.random.default_rng([seed, number]).permutation(count)[:kept]
+        chosen.append(tuple(sorted(drawn.tolist())))
+    return chosen
 
 
 def _leaves(names: tuple[str, ...], num_fewshot: int | None) -> list[_Leaf]:

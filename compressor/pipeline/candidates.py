@@ -8,11 +8,12 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from compressor.engines.memory import required_memory_bytes, shipped_weight_bytes
-from compressor.errors import CompressorError, UnfitMachineError
+from compressor.errors import DeviceFaultError
 from compressor.evaluation.racing import Raced
 from compressor.evaluation.score import CONFIDENCE_Z, Score, paired_difference
 from compressor.ledger import Key, Ledger, Row, Status
 from compressor.measurement import Measurement
+from compressor.pipeline.failures import EXPECTED, failed_row, kind_of
 from compressor.profile import EngineName, Workload
 from compressor.search.front import Tied
 from compressor.search.problem import Outcome
@@ -151,7 +152,8 @@ class Evaluator:
     """Scores and measures sub-networks through the ledger; ``score`` and ``bench`` do the work.
 
     With ``race``, scoring stops once a sub-network is dominated; what it then has is an estimate, kept
-    under a name of its own.
+    under a name of its own. ``make_room`` frees what else this run holds, before what memory or a worker's
+    death spoiled is tried once more.
     """
 
     ledger: Ledger
@@ -159,10 +161,14 @@ class Evaluator:
     score: ScoreFunction
     bench: BenchFunction
     race: RaceFunction | None = None
+    make_room: Callable[[], None] = lambda: None
 
     def __call__(self, subnet: SubNetwork) -> Outcome:
         """The outcome, from the ledger or by paying for what it lacks. A failure is recorded, not raised:
-        as infeasible where the device lacks what the sub-network needs. What has no speed is not scored."""
+        as infeasible where the device lacks what the sub-network needs. What has no speed is not scored.
+
+        Raises ``DeviceFaultError`` where the GPU is lost to this process; nothing is recorded then.
+        """
         speed = self.measure(subnet)
         if speed.status != "ok":
             return self.terms.outcome(subnet, (speed,))
@@ -180,12 +186,32 @@ class Evaluator:
             return known
         began = time.monotonic()
         try:
-            row = pay(key, subnet)
-        except (CompressorError, RuntimeError, MemoryError) as error:
-            lacking = isinstance(error, (UnfitMachineError, MemoryError))
-            status: Status = "infeasible" if lacking else "failed"
-            row = Row(key, subnet, {}, status, {"error": f"{type(error).__name__}: {error}"})
+            row = self._tried(key, subnet, pay)
+        except EXPECTED as error:
+            if kind_of(error) == "poisoned":
+                first = next(iter(str(error).splitlines()))
+                raise DeviceFaultError(
+                    f"the GPU failed while {subnet.digest} was evaluated ({first}): everything before is "
+                    "kept, go on with --resume"
+                ) from error
+            row = failed_row(key, subnet, error)
         return self.ledger.put(replace(row, cost_s=time.monotonic() - began))
+
+    def _tried(self, key: Key, subnet: SubNetwork, pay: Callable[[Key, SubNetwork], Row]) -> Row:
+        """Pay; once more, alone, where memory ran out or a worker died."""
+        try:
+            return pay(key, subnet)
+        except EXPECTED as error:
+            if kind_of(error) not in ("memory", "worker"):
+                raise
+        self.make_room()  # the error is gone by now, and with it what its frames held
+        return pay(key, subnet)
+
+    def reason(self, subnet: SubNetwork) -> str:
+        """Why an evaluation failed, as the ledger has it."""
+        keys = (self.terms.speed_key(subnet), self.terms.accuracy_key(subnet))
+        rows = [row for row in map(self.ledger.get, keys) if row is not None and row.status != "ok"]
+        return str(rows[0].details.get("error", "")) if rows else ""
 
     def _scored(self, key: Key, subnet: SubNetwork) -> Row:
         if self.race is None:

@@ -162,7 +162,7 @@ class _Comparing:
         distils = context.request.tuning_loss != "cross-entropy"
         examples = training_examples(context, loaded.tokenizer, distils)
         config = replace(
-            tuning_config(context, examples),
+            tuning_config(context, examples, self._workshop.plan.choices.accumulation),
             minutes=self._minutes,
             steps=self._steps,
             recipe="alternate",
@@ -242,9 +242,10 @@ class PlainArtefact:
         """The likeliest next token at every position, [batch, tokens] for ids [batch, tokens]."""
         return np.stack([self._logits(row).argmax(-1).cpu().numpy() for row in ids])
 
-    def likelihoods(self, encoded: Sequence[Encoded]) -> Likelihoods:
+    def likelihoods(self, encoded: Sequence[Encoded], *, greedy: bool = True) -> Likelihoods:
         from compressor.evaluation.scorer import score_by_logits
 
+        del greedy  # known in any case
         return score_by_logits(encoded, lambda ids: self._logits(ids).float().cpu().numpy())
 
     @torch.inference_mode()

@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, cast, get_args
 
 from compressor import cpu, device, models
 from compressor.engines import gguf_file, hf_folder, onnx_export, onnx_package, vllm_package
 from compressor.engines.onnx_store import UNQUANTIZED
+from compressor.engines.vllm_score import Reader
 from compressor.environments import vllm_python
 from compressor.errors import InputError, UnfitMachineError
 from compressor.events import Listener, Message
 from compressor.manifest import Accuracy
 from compressor.pipeline.accuracy import AccuracyTask
-from compressor.pipeline.artefacts import VllmArtefact
 from compressor.pipeline.deliver import accuracy_entry
+from compressor.pipeline.vllm_artefact import VllmArtefact
 from compressor.pipeline.winner import winner_of
 from compressor.profile import EngineName
 from compressor.request import stored_request
 from compressor.runfolder import RUN_FILE, RunFolder
-from compressor.space import OUTER_8, Numerics, SubNetwork
+from compressor.space import Numerics, SubNetwork
 
 
 @dataclass(frozen=True)
@@ -34,11 +36,8 @@ class Origin:
     fields: Mapping[str, Any]
     narrow: bool
     """Whether vLLM's INT8 weights stay within 7 bits: for a CPU on which sums of full ones saturate."""
-
-    @property
-    def in_8_bits(self) -> Origin:
-        """The same with 8 bits for each layer, as vLLM's packages have: no less exact than fewer."""
-        return replace(self, subnet=replace(self.subnet, bits=(), outer=OUTER_8))
+    symmetric: bool
+    """Whether vLLM's INT8 activations are symmetric, as its kernels for GPUs want them."""
 
 
 @dataclass(frozen=True)
@@ -90,10 +89,7 @@ def package_for(run: Path, engine: str, pick: str, out: Path | None, listener: L
         )
     target = out or run / f"package-{pick}-vllm"
     with reopened(run, listener) as workshop:
-        chosen = _of_run(workshop.context.folder, workshop.picked(pick).subnet)
-        origin = chosen.in_8_bits
-        if origin != chosen:
-            listener(Message("vLLM's packages have no layers of 4 bits: they get 8", "warning"))
+        origin = _of_run(workshop.context.folder, workshop.picked(pick).subnet)
 
         def score(folder: Path) -> list[Accuracy]:
             return _scored_in_vllm(folder, origin.subnet, workshop.task, listener)
@@ -104,6 +100,7 @@ def package_for(run: Path, engine: str, pick: str, out: Path | None, listener: L
             target,
             origin.fields,
             narrow=origin.narrow,
+            symmetric=origin.symmetric,
             score=score,
         )
     return target
@@ -119,7 +116,9 @@ def _scored_in_vllm(
         return []
     listener(Message("scoring the package in vLLM"))
     try:
-        score = task.score_artefact(VllmArtefact(folder, "int8", subnet, python), "report")
+        with TemporaryDirectory() as scratch:
+            reader = Reader(folder, "int8", subnet.to_dict(), python, Path(scratch))
+            score = task.score_artefact(VllmArtefact(reader), "report")
     except UnfitMachineError as error:
         listener(Message(f"{error}; it is written without its accuracy", "warning"))
         return []
@@ -141,8 +140,9 @@ def _of_run(folder: RunFolder, subnet: SubNetwork) -> Origin:
         "base_revision": model.revision,
         "license": model.license,
     }
-    narrow = stored_request(folder).profile.device.kind == "cpu" and cpu.this_saturates()
-    return Origin(folder.weights_of(subnet.digest).supernet, subnet, fields, narrow)
+    on_gpu = stored_request(folder).profile.device.kind == "cuda"
+    narrow = not on_gpu and cpu.this_saturates()
+    return Origin(folder.weights_of(subnet.digest).supernet, subnet, fields, narrow, on_gpu)
 
 
 def _whole_model(folder: Path) -> Origin:
@@ -152,8 +152,9 @@ def _whole_model(folder: Path) -> Origin:
     shape = models.read_shape(model)
     layers = tuple(range(shape.num_layers))
     fields = {"name": model.name, "base_model": model.name, "license": model.license}
-    narrow = cpu.this_saturates() and not device.detect().gpus
-    return Origin(folder, SubNetwork(layers, (shape.intermediate_size,) * len(layers)), fields, narrow)
+    on_gpu = bool(device.detect().gpus)
+    whole = SubNetwork(layers, (shape.intermediate_size,) * len(layers))
+    return Origin(folder, whole, fields, cpu.this_saturates() and not on_gpu, on_gpu)
 
 
 def _picked(path: Path, pick: str, listener: Listener) -> SubNetwork:
@@ -174,12 +175,13 @@ def _write_hf(origin: Origin, target: Path, numerics: str, _portable: bool) -> N
 def _write_vllm(origin: Origin, target: Path, numerics: str, portable: bool) -> None:
     vllm_package.write_package(
         origin.supernet,
-        origin.in_8_bits.subnet,
+        origin.subnet,
         target,
         origin.fields,
         numerics=numerics,
         portable=portable,
         narrow=origin.narrow,
+        symmetric=origin.symmetric,
     )
 
 

@@ -18,10 +18,11 @@ from compressor.events import StageProgress
 from compressor.pipeline.accuracy import mixed_rows
 from compressor.pipeline.base import compute_device, load_to_compute
 from compressor.pipeline.context import Context, Result, run_stage
+from compressor.pipeline.needs import MOST_TEXT
 from compressor.pipeline.plan import Plan, learns_rounded
 from compressor.pipeline.rounding import STAGE, lossy_bits, round_folder
 from compressor.pipeline.tuning import training_targets, training_text, training_text_file, tune_supernet
-from compressor.runfolder import replace_folder
+from compressor.runfolder import digest, replace_folder
 from compressor.space import SearchSpace, SubNetwork
 from compressor.supernet.folder import INFO_NAME, SupernetInfo, read_info, write_info
 from compressor.supernet.sampling import sample_text
@@ -32,7 +33,7 @@ BASE_BITS = (4, 8)
 def prepare(context: Context, plan: Plan) -> tuple[SupernetInfo, SearchSpace]:
     """Do, or find done, everything before the search; the super-network and its search space."""
     base = _base_stage(context, plan)
-    text = _text_stage(context, base)
+    text = _text_stage(context, plan, base)
     effort = context.request.effort
     inputs = {
         "text": text,
@@ -87,7 +88,7 @@ def _own_order(context: Context, plan: Plan) -> str:
     return write_info(context.folder.base, layers, "as they came").weights_hash
 
 
-def _text_stage(context: Context, base: Result) -> Result:
+def _text_stage(context: Context, plan: Plan, base: Result) -> Result:
     """Text that the unpruned model writes: to calibrate and tune on, and other text to score on."""
     effort = context.request.effort
     inputs = {
@@ -95,7 +96,10 @@ def _text_stage(context: Context, base: Result) -> Result:
         "sequences": [effort.text_sequences, effort.score_sequences, effort.sequence_length],
         "seed": context.request.seed,
     }
+    if plan.choices.text_batch != MOST_TEXT:  # absent otherwise, so that a run from before it stays done
+        inputs["batch"] = plan.choices.text_batch
     total = (effort.text_sequences + effort.score_sequences) * effort.sequence_length
+    written = context.folder.path / "text-written"
 
     def progress(done: int, total: int) -> None:
         context.listener(StageProgress("text", done, total))
@@ -110,6 +114,8 @@ def _text_stage(context: Context, base: Result) -> Result:
             effort.sequence_length,
             context.request.seed,
             progress,
+            batch=plan.choices.text_batch,
+            folder=written / digest(inputs),
         )
         ids = sampled.ids.numpy()
         scored = ids[effort.text_sequences :][mixed_rows(effort.score_sequences)]
@@ -118,6 +124,7 @@ def _text_stage(context: Context, base: Result) -> Result:
         np.savez_compressed(training_text_file(context), ids=ids[: effort.text_sequences].astype(np.int32))
         if context.request.data_free:
             sampled.targets.first(effort.text_sequences).save(training_targets(context))
+        shutil.rmtree(written, ignore_errors=True)
         return {"digest": text.digest}
 
     return run_stage(context, "text", "Writing text with the unpruned model", inputs, work, total, "tokens")

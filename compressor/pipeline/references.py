@@ -3,14 +3,17 @@ for the engine that serves."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from compressor.engines.pytorch import bench_pytorch
+from compressor.errors import UnfitMachineError
 from compressor.evaluation.score import Score
 from compressor.ledger import Key, Row
 from compressor.models import LoadedModel
 from compressor.pipeline.accuracy import AccuracyTask
+from compressor.pipeline.aside import free_gpu
 from compressor.pipeline.candidates import MEASURE
 from compressor.pipeline.context import Context
 from compressor.pipeline.targets import Target
@@ -49,13 +52,10 @@ class ReferenceSet:
     @property
     def forms(self) -> tuple[Form, ...]:
         found = [Form(n, n, self.full) for n in ("bf16", *self.target.reference_numerics)]
-        if "int4" in self.target.reference_numerics:
+        if "int4" in self.target.reference_numerics and not self.target.measures_bf16:
             few = replace(self.full, bits=(4,) * self.full.depth)
             found.insert(2, Form(EMBEDDINGS_IN_8, "int8", few))
         return tuple(found)
-
-    def form(self, name: str) -> Form:
-        return next(form for form in self.forms if form.name == name)
 
     def engine(self, numerics: Numerics) -> str:
         """What measures the unpruned model in these numerics."""
@@ -94,17 +94,37 @@ class ReferenceSet:
         """
         for form in self.forms:
             yield f"unpruned in {form.name}"
-            if self.context.ledger.get(self.speed_key(form)) is None:
-                self._measure(form, to_time)
+            with self._left_out_where_it_does_not_fit(form):
+                if self.context.ledger.get(self.speed_key(form)) is None:
+                    self._measure(form, to_time)
             missing = [s for s in self.task.splits if self._unknown(self.score_key(form, s))]
             if missing and form.numerics == "bf16":
-                model = to_score().model
-                for split in missing:
-                    self._keep(form, split, self.task.score_model(model, split))
+                self._score_here(form, missing, to_score)
+                free_gpu()  # an engine may start there next
             elif missing:
-                with self.target.unpruned_artefact(form.subnet, form.numerics) as artefact:
-                    for split in missing:
-                        self._keep(form, split, self.task.score_artefact(artefact, split))
+                with self._left_out_where_it_does_not_fit(form):
+                    self._score_artefact(form, missing)
+
+    @contextmanager
+    def _left_out_where_it_does_not_fit(self, form: Form) -> Iterator[None]:
+        """On a GPU the unpruned model may be too large to be served where its sub-networks are not."""
+        try:
+            yield
+        except UnfitMachineError as error:
+            if self.context.request.profile.device.kind != "cuda":
+                raise
+            self.context.warn(f"the unpruned model in {form.name} is left out of the comparison: {error}")
+
+    def _score_artefact(self, form: Form, splits: Sequence[str]) -> None:
+        with self.target.unpruned_artefact(form.subnet, form.numerics) as artefact:
+            for split in splits:
+                self._keep(form, split, self.task.score_artefact(artefact, split))
+
+    def _score_here(self, form: Form, splits: Sequence[str], to_score: Load) -> None:
+        """Score the unpruned model in PyTorch; nothing of it stays."""
+        model = to_score().model
+        for split in splits:
+            self._keep(form, split, self.task.score_model(model, split))
 
     def _measure(self, form: Form, to_time: Load) -> None:
         if self.engine(form.numerics) != PYTORCH:

@@ -26,6 +26,7 @@ from compressor.space import SubNetwork, parameter_count
 
 REFERENCE_NAMES = {
     "bf16": "unpruned, bf16",
+    "fp8": "unpruned, FP8",
     "int8": "unpruned, INT8",
     EMBEDDINGS_IN_8: "unpruned, INT4, embeddings INT8",
     "int4": "unpruned, INT4",

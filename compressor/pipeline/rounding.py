@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,13 @@ from transformers import PreTrainedModel
 from compressor import models
 from compressor.engines.calibrate import calibrated
 from compressor.engines.memory import served_memory
-from compressor.engines.quantize import Grid, Quantized, pack
+from compressor.engines.quantize import Grid, Quantized, pack, quantize, quantize_evenly
 from compressor.engines.rounding import EMBED, HEAD, Rounding, layer_linears
 from compressor.events import StageProgress
 from compressor.pipeline.base import compute_device, compute_dtype
 from compressor.pipeline.context import Context
 from compressor.pipeline.plan import Plan
+from compressor.runfolder import Weights
 from compressor.space import ZERO_POINTS, SearchSpace, SubNetwork
 from compressor.supernet.served import Served
 
@@ -39,6 +40,16 @@ def round_folder(context: Context, folder: Path, space: SearchSpace, text: Tenso
     calibrated(model, text, space.bits, space.outer_bits, told, prefixes).save(folder)
 
 
+def rounding_of(context: Context, weights: Weights) -> Rounding:
+    """How weights are rounded in what serves them: as it is kept beside them, else to the nearest values that
+    the engine has."""
+    return Rounding.load(weights.supernet, _nearest(context))
+
+
+def _nearest(context: Context) -> Callable[[Tensor, int], Quantized]:
+    return quantize_evenly if context.request.profile.engine == "vllm" else quantize
+
+
 def served(context: Context, plan: Plan) -> Served:
     """What a tuning is told of how its sub-networks are served; no rounding yet."""
     profile = context.request.profile
@@ -51,7 +62,7 @@ def served_rounded(
     """The same with every matrix that may have few bits on the grid that it is rounded to; by default that
     of its nearest values."""
     space, plain = plan.space, served(context, plan)
-    known = rounding or Rounding()
+    known = rounding or Rounding(nearest=_nearest(context))
     inner, outer = set(space.bits) & ZERO_POINTS, set(space.outer_bits) & ZERO_POINTS
     grids = {
         name: known.of(name, linear.weight.detach(), bits).grid

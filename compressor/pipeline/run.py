@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -18,8 +17,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from compressor import device
 from compressor.cluster import Cluster, joined
 from compressor.engines import verify_package
-from compressor.engines.host import require_free_memory
-from compressor.engines.rounding import RoundedWeights, Rounding
+from compressor.engines.host import require_free_gpu, require_free_memory
+from compressor.engines.rounding import RoundedWeights
 from compressor.errors import InputError, RunConflictError
 from compressor.evaluation.agreement import AgreementText
 from compressor.evaluation.racing import Raced
@@ -29,16 +28,19 @@ from compressor.events import Listener, RunFinished, StageFinished, StageProgres
 from compressor.ledger import open_ledger
 from compressor.measurement import Measurement
 from compressor.pipeline.accuracy import AccuracyTask, check_tasks, make_accuracy_task
+from compressor.pipeline.aside import Aside, free_gpu
 from compressor.pipeline.base import compute_device, compute_dtype, load_base, load_to_compute
 from compressor.pipeline.candidates import Evaluator, Terms, known_outcomes
 from compressor.pipeline.context import Context, Result, logged, run_stage
 from compressor.pipeline.deliver import package
+from compressor.pipeline.failures import CIRCUMSTANCE
+from compressor.pipeline.needs import ROUND
 from compressor.pipeline.plan import Plan, make_plan
 from compressor.pipeline.prepare import export_tuned, prepare
 from compressor.pipeline.racing import rivals
 from compressor.pipeline.references import ReferenceSet
 from compressor.pipeline.report_data import collect, known_comparisons
-from compressor.pipeline.rounding import lossy_bits
+from compressor.pipeline.rounding import lossy_bits, rounding_of
 from compressor.pipeline.searching import make_problem, search
 from compressor.pipeline.targets import Target, check_target, make_target
 from compressor.pipeline.tuning import tune_alone, tuned_stage, tuning_inputs
@@ -91,9 +93,20 @@ class Workshop:
         return Elastic(
             model,
             RoundedWeights(
-                model, self.space.bits, self.space.outer_bits, Rounding.load(self.weights.supernet)
+                model, self.space.bits, self.space.outer_bits, rounding_of(self.context, self.weights)
             ).choose,
         )
+
+    @cached_property
+    def aside(self) -> Aside:
+        """The super-network's way off the GPU, for as long as vLLM measures there."""
+        self.supernet.reset()
+        return Aside(self.supernet.model)
+
+    @property
+    def alternates(self) -> bool:
+        """Whether scoring and measuring take turns on the GPU, for which both together are too large."""
+        return not self.plan.choices.keeps_both
 
     @cached_property
     def shared(self) -> SharedLayers:
@@ -152,7 +165,9 @@ class Workshop:
     @property
     def evaluator(self) -> Evaluator:
         race = self._race if self.terms.racing else None
-        return Evaluator(self.context.ledger, self.terms, self._score, self._bench, race)
+        return Evaluator(
+            self.context.ledger, self.terms, self._score, self._bench, race, make_room=self.put_away
+        )
 
     @property
     def problem(self) -> Problem:
@@ -167,12 +182,12 @@ class Workshop:
 
     def put_away(self) -> None:
         """Free the memory that scoring and measuring hold; what they need is loaded again when asked for."""
-        for name in ("supernet", "shared"):
+        for name in ("aside", "supernet", "shared"):
             self.__dict__.pop(name, None)
         if "unpruned" in self.__dict__:
             self.unpruned.put_away()
         self.close()
-        gc.collect()
+        free_gpu()
 
     def of(self, weights: Weights) -> Workshop:
         """The same with other weights of the super-network; its task is not tokenized again."""
@@ -204,24 +219,47 @@ class Workshop:
         self.target.close()
 
     def _score(self, subnet: SubNetwork) -> Score:
+        self._take_gpu()
         with self.supernet.activated(subnet) as model:
             return self.task.score_model(model, "search", self.shared)
 
     def _race(self, subnet: SubNetwork) -> Raced:
         against = rivals(self.context.ledger, self.terms, self.problem, subnet)
+        self._take_gpu()
         with self.supernet.activated(subnet) as model:
             return self.task.race_model(model, against, "search", self.shared)
 
     def _bench(self, subnet: SubNetwork) -> Measurement:
         if self.context.measures_on_this_cpu:
             require_free_memory(self.terms.memory_bytes(subnet))
+        elif self.context.cluster is None:
+            self._leave_gpu()
+            require_free_gpu(self.terms.memory_bytes(subnet))
         return self.target.bench(subnet)
+
+    def _take_gpu(self) -> None:
+        """Bring the super-network back, if it left."""
+        if "aside" in self.__dict__:
+            self.aside.back()
+
+    def _leave_gpu(self) -> None:
+        """Let the super-network leave, where both don't fit; its rounded copies are rather made anew."""
+        if not self.alternates or "supernet" not in self.__dict__:
+            return
+        self.__dict__.pop("shared", None)
+        if self._rounds:
+            for name in ("aside", "supernet"):
+                self.__dict__.pop(name, None)
+            free_gpu()
+        else:
+            self.aside.leave()
 
 
 def execute(path: Path, request: RunRequest, listener: Listener) -> Verdict:
     """Do the run, or what is left of it. Raises ``CompressorError``; what was paid for is kept."""
     machine = device.detect()
     plan = make_plan(request, machine, path)
+    request = plan.request
     check_target(request)
     check_tasks(request)
     folder = RunFolder.create_or_update(path, request.model_dump(mode="json"))
@@ -232,8 +270,11 @@ def execute(path: Path, request: RunRequest, listener: Listener) -> Verdict:
         target_cluster(request) as cluster,
     ):
         context = Context(folder, request, ledger, machine, logging, cluster)
+        context.say(plan.summary())
         for warning in plan.warnings:
             context.warn(warning)
+        if again := ledger.forget_failed(CIRCUMSTANCE):
+            context.say(f"{again} evaluations that failed by circumstance are asked for again")
         info, space = prepare(context, plan)
         with closing(Workshop(context, plan, info, space)) as workshop:
             _pay_references(workshop)
@@ -288,7 +329,8 @@ def _search(workshop: Workshop) -> list[Outcome]:
     budget = context.request.effort.evaluations
     context.listener(StageStarted("search", "Searching sub-networks", budget, "sub-networks"))
     began = time.monotonic()
-    outcomes = search(context, workshop.problem, workshop.evaluator)
+    together = ROUND if workshop.alternates else 1
+    outcomes = search(context, workshop.problem, workshop.evaluator, together)
     context.folder.mark_done("search", {"evaluations": budget}, {"terms": workshop.terms.to_dict()})
     context.listener(StageFinished("search", time.monotonic() - began))
     return outcomes

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from compressor.errors import StoppedError
 from compressor.events import CandidateEvaluated, StageProgress
 from compressor.pipeline.candidates import Evaluator, Terms, numbered_outcomes
 from compressor.pipeline.context import Context
+from compressor.pipeline.failures import IN_A_ROW
 from compressor.pipeline.foresight import Foresight
 from compressor.pipeline.racing import told_savings
 from compressor.profile import Profile
@@ -38,8 +40,11 @@ def make_problem(profile: Profile, space: SearchSpace, terms: Terms) -> Problem:
     )
 
 
-def search(context: Context, problem: Problem, evaluator: Evaluator) -> list[Outcome]:
+def search(context: Context, problem: Problem, evaluator: Evaluator, together: int = 1) -> list[Outcome]:
     """Evaluate as many sub-networks as were asked for; returns everything evaluated that the ledger knows.
+
+    ``together`` of them are measured, then scored, before the next are asked for. Raises ``StoppedError``
+    after too many failures in a row, ``DeviceFaultError`` where the GPU is lost.
 
     What the ledger knows already is told first and counts, so that a resumed run pays for nothing twice.
     Sub-networks whose predicted speed is surely over a budget are not built and do not count.
@@ -61,30 +66,48 @@ def search(context: Context, problem: Problem, evaluator: Evaluator) -> list[Out
     remembered = foresight.remembered() if watching else []
     turned_away = len(remembered)
     algorithm.tell([outcome for _, outcome in sorted([*numbered, *remembered], key=lambda pair: pair[0])])
+    failures = 0
     while (
-        sum(problem.allows(o.subnet) for o in evaluated) < budget and turned_away < MOST_TURNED_AWAY * budget
-    ):
-        asked = algorithm.ask(1)
+        left := budget - sum(problem.allows(o.subnet) for o in evaluated)
+    ) > 0 and turned_away < MOST_TURNED_AWAY * budget:
+        asked = algorithm.ask(min(left, together))
         if not asked:
             context.say(
                 f"the search space has no more sub-networks within the budgets after {len(evaluated)}"
             )
             break
         model = foresight.refitted() if watching else None
-        over = foresight.turned_away(asked[0], model) if model else None
-        if over is not None:
-            turned_away += 1
-            algorithm.tell([over])
-            continue
-        outcome = evaluator(asked[0])
-        evaluated.append(outcome)
-        algorithm.tell([outcome])
-        _announce(context, problem, evaluated, reused=False)
+        over = {subnet: foresight.turned_away(subnet, model) for subnet in asked} if model else {}
+        built = [subnet for subnet in asked if over.get(subnet) is None]
+        if len(built) > 1:
+            for subnet in built:
+                evaluator.measure(subnet)  # all of them before the first is scored
+        for subnet in asked:
+            outcome = over.get(subnet)
+            if outcome is not None:
+                turned_away += 1
+                algorithm.tell([outcome])
+                continue
+            outcome = evaluator(subnet)
+            evaluated.append(outcome)
+            algorithm.tell([outcome])
+            _announce(context, problem, evaluated, reused=False)
+            failures = failures + 1 if outcome.status == "failed" else 0
+            _stop_after(failures, evaluator.reason(subnet))
     if turned_away:
         context.say(f"{turned_away} sub-networks were predicted over a speed budget and not built")
     if saved := told_savings(context.ledger, evaluator.terms):
         context.say(saved)
     return evaluated
+
+
+def _stop_after(failures: int, reason: str) -> None:
+    """Raise ``StoppedError`` after so many failures in a row."""
+    if failures >= IN_A_ROW:
+        raise StoppedError(
+            f"{failures} sub-networks in a row could not be evaluated, the last with: {reason}. Everything "
+            "is kept: mend that and go on with --resume"
+        )
 
 
 def _announce(context: Context, problem: Problem, told: Sequence[Outcome], reused: bool) -> None:

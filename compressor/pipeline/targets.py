@@ -17,24 +17,31 @@ from compressor.engines.memory import required_memory_bytes
 from compressor.engines.onnx_exact import Exactness
 from compressor.engines.onnxruntime import OnnxCandidate, OnnxRuntimeEngine
 from compressor.engines.paired import FINAL_PRECISION
+from compressor.engines.vllm_score import Reader
 from compressor.engines.vllm_worker import VllmWorker
 from compressor.environments import REMEDY, vllm_python
 from compressor.errors import InputError, UnfitMachineError
 from compressor.measurement import Measurement
-from compressor.pipeline.artefacts import Artefact, OnnxArtefact, VllmArtefact
+from compressor.pipeline.artefacts import Artefact, OnnxArtefact
 from compressor.pipeline.candidates import Terms
 from compressor.pipeline.context import Context
 from compressor.pipeline.proof import prove
+from compressor.pipeline.vllm_artefact import VllmArtefact
+from compressor.profile import Profile, lacking_kernels
 from compressor.request import RunRequest
 from compressor.runfolder import Weights
 from compressor.space import Numerics, SubNetwork
+from compressor.supernet.folder import read_info
 
 
 class Target(Protocol):
     """Measures and packages sub-networks of a run's super-network, and its unpruned model."""
 
-    reference_numerics: tuple[Numerics, ...]
-    """In what quantized numerics the engine measures the unpruned model."""
+    @property
+    def reference_numerics(self) -> tuple[Numerics, ...]:
+        """In what quantized numerics the engine measures the unpruned model."""
+        ...
+
     measures_bf16: bool
     """Whether it measures that in bf16 too."""
 
@@ -96,11 +103,9 @@ def check_target(request: RunRequest) -> None:
             f"profile '{profile.name}' serves with vLLM, which is measured on the machine itself: run there, "
             "without --cluster"
         )
-    if profile.numerics != "int8" or profile.layer_bits != (8,):
-        raise InputError(
-            f"profile '{profile.name}' asks vLLM for weights of 4 bits, which its packages don't have: "
-            'set numerics = "int8" without bits, or engine = "onnxruntime"'
-        )
+    capability = _compute_capability(profile)
+    if reason := lacking_kernels(profile.numerics, capability):
+        raise InputError(f"profile '{profile.name}' can't be served here: {reason}")
     if vllm_python() is None:
         raise UnfitMachineError(f"profile '{profile.name}' serves with vLLM, which is not here: {REMEDY}")
 
@@ -229,15 +234,32 @@ class OnnxTarget:
         )
 
 
+def _compute_capability(profile: Profile) -> str:
+    """Of the GPU that is here, else of the profile's; nothing of a CPU."""
+    if profile.device.kind != "cuda":
+        return ""
+    if torch.cuda.is_available():
+        return ".".join(map(str, torch.cuda.get_device_capability()))
+    return profile.device.compute_capability
+
+
 class VllmTarget:
     """vLLM, here or in its own environment: candidates have made-up weights, what ships is scored there."""
 
-    reference_numerics: tuple[Numerics, ...] = ("int8",)
     measures_bf16 = True
 
     def __init__(self, context: Context, weights: Weights) -> None:
         self._context, self._supernet = context, weights.supernet
         self._profile = context.request.profile
+
+    @cached_property
+    def reference_numerics(self) -> tuple[Numerics, ...]:
+        """What GPU users would pick instead, as far as the card has kernels for it; on a CPU INT8."""
+        if self._profile.device.kind != "cuda":
+            return ("int8",)
+        known: tuple[Numerics, ...] = ("fp8", "int8", "int4")
+        capability = _compute_capability(self._profile)
+        return tuple(numerics for numerics in known if not lacking_kernels(numerics, capability))
 
     @cached_property
     def _python(self) -> Path:
@@ -252,13 +274,13 @@ class VllmTarget:
 
     def bench(self, subnet: SubNetwork) -> Measurement:
         seconds = self._context.request.effort.bench_seconds
-        return self._bench(self._supernet, subnet, "int8", seconds)
+        return self._bench(self._supernet, subnet, self._profile.numerics, seconds)
 
     def bench_longer(self, subnet: SubNetwork, exactness: Exactness | None, seconds: float) -> Measurement:
         """By a vLLM that has just started: what one leaves behind would count into the next one's memory."""
         del exactness
         self.close()
-        return self._bench(self._supernet, subnet, "int8", seconds)
+        return self._bench(self._supernet, subnet, self._profile.numerics, seconds)
 
     def bench_unpruned(self, subnet: SubNetwork, numerics: Numerics, seconds: float) -> Measurement:
         return self._bench(self._context.folder.base, subnet, numerics, seconds)
@@ -276,17 +298,16 @@ class VllmTarget:
 
     def artefact(self, subnet: SubNetwork, exactness: Exactness | None) -> AbstractContextManager[Artefact]:
         del exactness
-        return self._written(self._supernet, subnet)
+        return self._written(self._supernet, subnet, self._profile.numerics)
 
     def unpruned_artefact(self, subnet: SubNetwork, numerics: Numerics) -> AbstractContextManager[Artefact]:
-        del numerics
-        return self._written(self._context.folder.base, subnet)
+        return self._written(self._context.folder.base, subnet, numerics)
 
     def write(
         self, subnet: SubNetwork, folder: Path, fields: Mapping[str, Any], exactness: Exactness | None
     ) -> None:
         del exactness
-        vllm_package.write_package(self._supernet, subnet, folder, fields, narrow=self._context.narrow)
+        self._package(self._supernet, subnet, folder, fields, self._profile.numerics)
 
     def close(self) -> None:
         """End the vLLM that measures: it holds memory."""
@@ -305,17 +326,37 @@ class VllmTarget:
         )
 
     @contextmanager
-    def _written(self, model: Path, subnet: SubNetwork) -> Iterator[Artefact]:
+    def _written(self, model: Path, subnet: SubNetwork, numerics: Numerics) -> Iterator[Artefact]:
         """A package on the run's disk for as long as it is scored, by a vLLM of its own."""
         self.close()
         folder = self._context.folder.path / f"scored-{subnet.digest}"
         shutil.rmtree(folder, ignore_errors=True)
+        kept = self._context.folder.path / "scored-parts" / self._weights_of(model)
         try:
             fields = {"name": subnet.digest, "base_model": "run"}
-            vllm_package.write_package(model, subnet, folder, fields, narrow=self._context.narrow)
-            yield VllmArtefact(folder, "int8", subnet, self._python)
+            self._package(model, subnet, folder, fields, numerics)
+            yield VllmArtefact(Reader(folder, numerics, subnet.to_dict(), self._python, kept))
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+    def _package(
+        self, model: Path, subnet: SubNetwork, folder: Path, fields: Mapping[str, Any], numerics: Numerics
+    ) -> None:
+        vllm_package.write_package(
+            model,
+            subnet,
+            folder,
+            fields,
+            numerics=numerics,
+            narrow=self._context.narrow,
+            symmetric=self._profile.device.kind == "cuda",
+        )
+
+    def _weights_of(self, model: Path) -> str:
+        """Hash of a folder's weights, without reading them."""
+        if model == self._context.folder.base:
+            return str(self._context.folder.result("base")["weights"])
+        return read_info(model).weights_hash
 
 
 def _fine(exactness: Exactness | None) -> tuple[str, ...]:

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from compressor.engines.rounding import Rounding
 from compressor.events import Event, Listener, StageProgress
 from compressor.models import LoadedModel
 from compressor.pipeline.base import compute_device, compute_dtype, load_to_compute
@@ -20,6 +19,7 @@ from compressor.pipeline.context import Context, Result
 from compressor.pipeline.plan import Plan, learns_rounded
 from compressor.pipeline.rounding import (
     learnt_rounding,
+    rounding_of,
     served,
     served_rounded,
     start_rounded,
@@ -64,7 +64,7 @@ def tune_supernet(context: Context, plan: Plan) -> Result:
         Elastic(loaded.model),
         space,
         examples,
-        tuning_config(context, examples),
+        tuning_config(context, examples, plan.choices.accumulation),
         context.listener,
         context.ledger.record_curve,
         context.folder.checkpoints,
@@ -94,21 +94,27 @@ def tune_alone(context: Context, plan: Plan, subnet: SubNetwork, minutes: float,
     """Tune one sub-network of ``weights`` alone, where no other's steps pull at them, and write the result as
     ``tuned_alone`` names it. Matrices of few bits learn rounded as they will ship, their scales with them."""
     model, tokenizer, info = load_supernet(weights.supernet, compute_dtype(context))
-    model.to(compute_device())
-    rounding = Rounding.load(weights.supernet)
+    rounding = rounding_of(context, weights)
     rounded = learns_rounded(context.request, plan.space)
     elastic = Elastic(model)
+    space = replace(plan.space, drop_order=info.drop_order)
+    examples = training_examples(context, tokenizer, context.request.tuning_loss != "cross-entropy")
+    config = replace(
+        tuning_config(context, examples, plan.choices.accumulation),
+        minutes=minutes,
+        only=subnet,
+        teacher="original",
+    )
+    checkpoints = context.folder.checkpoints / subnet.digest
+    stage = tuned_stage(subnet)
+    original = _original(context, examples, config)  # before the super-network takes the GPU
+    model.to(compute_device())
     told = served(context, plan)
     if rounded:
         told = served_rounded(context, plan, model, rounding)
         start_rounded(model, rounding, subnet)
         told.learn_scales(elastic.activate(subnet), subnet)
         elastic.reset()
-    space = replace(plan.space, drop_order=info.drop_order)
-    examples = training_examples(context, tokenizer, context.request.tuning_loss != "cross-entropy")
-    config = replace(tuning_config(context, examples), minutes=minutes, only=subnet, teacher="original")
-    checkpoints = context.folder.checkpoints / subnet.digest
-    stage = tuned_stage(subnet)
     result = finetune(
         elastic,
         space,
@@ -117,7 +123,7 @@ def tune_alone(context: Context, plan: Plan, subnet: SubNetwork, minutes: float,
         partial(told_as, context.listener, stage),
         lambda curve, step, loss: context.ledger.record_curve(WINNER + curve, step, loss),
         checkpoints,
-        _original(context, examples, config),
+        original,
         told,
     )
     if rounded:
@@ -159,12 +165,13 @@ def _original(context: Context, examples: Examples, config: FinetuneConfig) -> T
     return compute(load_to_compute(context).model, examples.ids, config.batch)
 
 
-def tuning_config(context: Context, examples: Examples) -> FinetuneConfig:
-    """The recipe: what the request tells, and what fits the data else."""
+def tuning_config(context: Context, examples: Examples, accumulation: int) -> FinetuneConfig:
+    """The recipe: what the request tells, what fits the data else, and a step's parts that fit the memory."""
     request, effort = context.request, context.request.effort
-    adapters = request.lora_rank > 0
+    adapters = bool(request.lora_rank)
     return FinetuneConfig(
-        lora_rank=request.lora_rank,
+        lora_rank=request.lora_rank or 0,
+        accumulation=accumulation,
         gradient_checkpointing=adapters,  # who asks for adapters is short of memory
         steps=effort.tuning_steps,
         minutes=effort.tuning_minutes,
@@ -189,7 +196,7 @@ def tuning_inputs(context: Context) -> dict[str, Any]:
         "effort": [effort.tuning_steps, effort.tuning_batch],
         "train_data": request.train_data,
         "tuning": request.tuning.told,
-        "lora_rank": request.lora_rank,
+        "lora_rank": request.lora_rank or 0,
         "seed": request.seed,
     }
 

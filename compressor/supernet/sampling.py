@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -44,25 +45,55 @@ def sample_text(
     seed: int = 0,
     progress: Progress | None = None,
     temperature: float = TEMPERATURE,
+    batch: int = BATCH,
+    folder: Path | None = None,
 ) -> SampledText:
     """Sequences of ``length`` tokens, each opened by a random word and continued by the model.
 
     Every second one is a chat if the tokenizer has a chat template: the model then writes the question
-    as well as the answer. ``progress(done, total)`` counts tokens. Same seed, same machine, same text.
+    as well as the answer. ``progress(done, total)`` counts tokens. Same seed, same machine, same ``batch``
+    (sequences written at once), same text. ``folder`` keeps every batch that is done, so that the same call
+    goes on behind them.
     """
     generator = torch.Generator().manual_seed(seed)
     openings = _openings(tokenizer, sequences, generator)
     batches = []
-    for start in range(0, sequences, BATCH):
-        batch = openings[start : start + BATCH]
+    for start in range(0, sequences, batch):
+        rows = openings[start : start + batch]
 
-        def tick(position: int, start: int = start, rows: int = len(batch)) -> None:
+        def tick(position: int, start: int = start, rows: int = len(rows)) -> None:
             if progress is not None:
                 progress(start * length + position * rows, sequences * length)
 
-        batches.append(_continue(model, batch, length, temperature, generator, tick))
+        kept = None if folder is None else folder / f"batch-{start}.pt"
+        written = _kept(kept, generator)
+        if written is None:
+            written = _continue(model, rows, length, temperature, generator, tick)
+            _keep(kept, generator, written)
+        tick(length)
+        batches.append(written)
     ids, states, likely = (torch.cat(parts) for parts in zip(*batches, strict=True))
     return SampledText(ids, Targets(states, likely))
+
+
+def _kept(path: Path | None, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor] | None:
+    """A batch that was written before, and the generator as it was after it."""
+    if path is None or not path.is_file():
+        return None
+    found = torch.load(path, weights_only=True)
+    generator.set_state(found["generator"])
+    return found["ids"], found["states"], found["likely"]
+
+
+def _keep(path: Path | None, generator: torch.Generator, written: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Write a batch, whole or not at all."""
+    if path is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_suffix(".part")
+    named = dict(zip(("ids", "states", "likely"), written, strict=True))
+    torch.save({**named, "generator": generator.get_state()}, scratch)
+    scratch.replace(path)
 
 
 def _openings(tokenizer: Any, count: int, generator: torch.Generator) -> list[list[int]]:

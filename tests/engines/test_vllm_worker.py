@@ -24,8 +24,8 @@ def test_it_says_that_vllm_is_missing_and_goes_on(tiny_model_folder: Path) -> No
         for _ in range(2):
             with pytest.raises(UnfitMachineError, match="measuring in vLLM needs it installed"):
                 worker.bench(tiny_model_folder, SUBNET, WORKLOAD)
-        with pytest.raises(InputError, match="int4"):
-            worker.bench(tiny_model_folder, SUBNET, WORKLOAD, numerics="int4")
+        with pytest.raises(InputError, match="fp16"):
+            worker.bench(tiny_model_folder, SUBNET, WORKLOAD, numerics="fp16")
     finally:
         worker.close()
 

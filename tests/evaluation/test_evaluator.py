@@ -65,7 +65,7 @@ def test_groups_weigh_their_tasks_by_size_and_names_alike(data_dir: Path) -> Non
     assert len(tasks) == 58
     assert weights.pop("arc_easy") == 1
     assert sum(weights.values()) == pytest.approx(1)
-    sizes = {task.name: task.size for task in tasks}
+    sizes = {task.name: len(task.rows) for task in tasks}
     assert weights["mmlu_professional_law"] / weights["mmlu_anatomy"] == pytest.approx(
         sizes["mmlu_professional_law"] / sizes["mmlu_anatomy"]
     )
@@ -97,7 +97,7 @@ def test_a_fixed_shot_count_is_left_alone(data_dir: Path) -> None:
 def test_a_race_that_runs_to_the_end_equals_a_full_evaluation(
     model: PreTrainedModel, tokenizer: Any, data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluator_module, "RUNG_TOKENS", 64)
+    monkeypatch.setattr(evaluator_module, "RUNG_TOKENS", {"cpu": 64})
     evaluator = TaskEvaluator("arc_easy", tokenizer, data_dir, limit=24)
     whole = evaluator.score(model, "search")
     raced = evaluator.race(model, [whole.items], "search")
@@ -115,7 +115,7 @@ def test_a_race_that_runs_to_the_end_equals_a_full_evaluation(
 def test_in_bf16_what_is_raced_and_what_has_no_rivals_is_computed_alike(
     tiny_model_folder: Path, tokenizer: Any, data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluator_module, "RUNG_TOKENS", 64)
+    monkeypatch.setattr(evaluator_module, "RUNG_TOKENS", {"cpu": 64})
     model = AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.bfloat16).eval()
     evaluator = TaskEvaluator("arc_easy", tokenizer, data_dir, limit=40)
     alone = evaluator.race(model, [])
@@ -127,7 +127,7 @@ def test_in_bf16_what_is_raced_and_what_has_no_rivals_is_computed_alike(
 def test_a_race_over_few_tokens_is_one_rung(model: PreTrainedModel, tokenizer: Any, data_dir: Path) -> None:
     evaluator = TaskEvaluator("arc_easy", tokenizer, data_dir, limit=16)
     perfect = Items(np.ones(16), ("arc_easy",)).pack()
-    assert evaluator.prepare("search").plan().packing.tokens < 2 * evaluator_module.RUNG_TOKENS
+    assert evaluator.prepare("search").plan().packing.tokens < 2 * evaluator_module.RUNG_TOKENS["cpu"]
     raced = evaluator.race(model, [perfect])
     assert raced.dominated_by is None and raced.evaluated == 16
     assert raced.score == evaluator.score(model, "search")

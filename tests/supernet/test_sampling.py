@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -69,3 +71,33 @@ def test_progress_ends_at_the_total(tiny: models.LoadedModel) -> None:
     sample_text(tiny.model, tiny.tokenizer, 3, 8, progress=lambda done, total: seen.append((done, total)))
     assert seen[-1] == (24, 24)
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+
+
+def test_text_that_was_being_written_when_killed_goes_on_to_the_same(
+    tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    loaded = models.load(models.resolve(str(tiny_model_folder)), torch.float32)
+
+    class KilledError(Exception):
+        pass
+
+    def kill(done: int, total: int) -> None:
+        if done > total / 2:
+            raise KilledError
+
+    settings = {"sequences": 12, "length": 10, "seed": 3, "batch": 4}
+    whole = sample_text(loaded.model, loaded.tokenizer, **settings)
+    with pytest.raises(KilledError):
+        sample_text(loaded.model, loaded.tokenizer, **settings, progress=kill, folder=tmp_path / "parts")
+    kept = sorted(path.name for path in (tmp_path / "parts").iterdir())
+    assert kept == ["batch-0.pt"]
+    seen: list[int] = []
+    again = sample_text(
+        loaded.model,
+        loaded.tokenizer,
+        **settings,
+        progress=lambda done, _: seen.append(done),
+        folder=tmp_path / "parts",
+    )
+    assert torch.equal(again.ids, whole.ids) and torch.equal(again.targets.states, whole.targets.states)
+    assert seen[0] == 4 * 10, "the first batch is not written again"

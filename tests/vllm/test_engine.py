@@ -65,8 +65,8 @@ def test_a_package_is_measured_in_vllm(supernet: Path, tmp_path: Path) -> None:
 
 def test_what_vllm_cannot_serve_is_refused(supernet: Path) -> None:
     engine = VllmEngine(supernet)
-    with pytest.raises(InputError, match="int4"):
-        engine.build(UNEVEN, WORKLOAD, "int4")
+    with pytest.raises(InputError, match="fp16"):
+        engine.build(UNEVEN, WORKLOAD, "fp16")
     with pytest.raises(InputError, match="context"):
         engine.build(UNEVEN, Workload(prompt_tokens=600, output_tokens=8))
 

@@ -16,15 +16,9 @@ from compressor.engines import verify_package
 from compressor.engines.measure import measure
 from compressor.engines.source import Source
 from compressor.engines.vllm_package import package_config, write_package
+from compressor.engines.vllm_schemes import LARGEST_NARROW, channel_scales, quantize_channels
 from compressor.engines.vllm_verify import check_engine
-from compressor.engines.vllm_weights import (
-    LARGEST_NARROW,
-    channel_scales,
-    check_tensors,
-    plan_tensors,
-    quantize_channels,
-    write_tensors,
-)
+from compressor.engines.vllm_weights import check_tensors, plan_tensors, write_tensors
 from compressor.errors import InputError, PackageError, UnfitMachineError
 from compressor.manifest import check_files, read_manifest
 from compressor.models import read_shape, resolve
@@ -184,10 +178,13 @@ def test_a_folder_that_exists_is_refused_and_kept(supernet: Path, tmp_path: Path
 
 
 def test_what_vllm_cannot_serve_is_refused(supernet: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="not in 'int4'"):
-        write_package(supernet, UNEVEN, tmp_path / "p", FIELDS, numerics="int4")
-    with pytest.raises(InputError, match="4 bits"):
-        write_package(supernet, replace(UNEVEN, bits=(8, 4, 8)), tmp_path / "p", FIELDS)
+    with pytest.raises(InputError, match="not in 'fp16'"):
+        write_package(supernet, UNEVEN, tmp_path / "p", FIELDS, numerics="fp16")
+    with pytest.raises(InputError, match="8 or 4 bits"):
+        write_package(supernet, replace(UNEVEN, bits=(8, 2, 8)), tmp_path / "p", FIELDS)
+    narrow = replace(UNEVEN, widths=(128, 72, 96), bits=(8, 4, 8))
+    with pytest.raises(InputError, match="whole groups of 32"):
+        write_package(supernet, narrow, tmp_path / "p", FIELDS)
 
 
 def test_a_damaged_super_network_is_named(supernet: Path, tmp_path: Path) -> None:

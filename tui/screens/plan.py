@@ -32,6 +32,7 @@ STAGE_NAMES = {
     "text": "write text",
     "supernet": "tune",
     "export": "export",
+    "references": "measure the unpruned model",
     "search": "search",
     "winner": "tune the winner",
     "package": "package",

@@ -8,7 +8,8 @@ from pathlib import Path
 folder = Path(os.environ["HOME"]) / "llm"
 folder.mkdir()
 model, base = os.environ["MODEL"], os.environ["OPENAI_BASE_URL"]
-entry = f"- model_id: ours\n  model_name: {model}\n  api_base: {base}\n  api_key_name: openai\n  supports_schema: true\n"
+entry = f"- model_id: ours\n  model_name: {model}\n  api_base: {base}\n  api_key_name: openai\n"
+entry += "  supports_schema: true\n"
 (folder / "extra-openai-models.yaml").write_text(entry)
 command = [str(Path(sys.executable).with_name("llm")), "-m", "ours", "-o", "max_tokens", "4"]
 for more in ([], ["--no-stream"]):
