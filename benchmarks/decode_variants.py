@@ -130,9 +130,8 @@ def in_blocks(starter: Starter, block: int, kind: str = "") -> Change:
             if not stem.endswith(kind):
                 continue
             attributes = {attribute.name: attribute for attribute in node.attribute}
-            weight = quantize.dequantize(
-                starter.stored(f"{stem}.weight"), starter.stored(f"{stem}.scales"), 8
-            )[:, : attributes["K"].i]
+            stored = starter.stored(f"{stem}.weight"), starter.stored(f"{stem}.scales")
+            weight = quantize.Quantized(*stored, None, 8).values(attributes["K"].i)
             rows, columns = weight.shape
             blocks = torch.nn.functional.pad(weight, (0, -columns % block)).view(rows, -1, block)
             scales = (blocks.abs().amax(-1) / 127).clamp_min(1e-8)

@@ -74,7 +74,7 @@ def _unpruned(folder: Path) -> dict[str, tuple[float, float, float]]:
     bench, figures = open_bench(folder, 1.0), {}
     for name, bits in (("INT8", 8), ("INT4", 4)):
         model, _, _ = load_supernet(folder / "supernet", fastest_cpu_dtype())
-        RoundedWeights(model, (bits,), bits)
+        RoundedWeights(model, (bits,), (bits,))
         size = float(weight_bytes(bench.elastic.shape, bench.problem.space.full, name.lower()))
         scores = [bench.text.score(torch_predict(model), split).value for split in ("search", "report")]
         figures[name] = (size, scores[0], scores[1])

@@ -76,7 +76,7 @@ def open_bench(folder: Path, budget_share: float, bits: tuple[int, ...] = ()) ->
     unpruned model's. With ``bits``, layers may have any of these, and are scored as rounded to them."""
     dtype = fastest_cpu_dtype()
     model, _, _ = load_supernet(folder / "supernet", dtype)
-    elastic = Elastic(model, RoundedWeights(model, bits, 8).choose) if bits else Elastic(model)
+    elastic = Elastic(model, RoundedWeights(model, bits, (8,)).choose) if bits else Elastic(model)
     info = read_info(folder / "supernet")
     space = SearchSpace.from_fractions(elastic.shape, DEPTHS, WIDTHS, info.drop_order, bits or (8,))
 

@@ -91,12 +91,22 @@ def test_tuning_on_rows_of_ones_own_is_watched_on_some_of_them(home: Path, tiny_
     assert "held-out rows" in (home / "watched" / "report" / "index.html").read_text()
 
 
-def test_the_front_carries_the_unpruned_model_in_three_numerics(finished: Path) -> None:
+def test_the_front_carries_every_form_of_the_unpruned_model(finished: Path) -> None:
     front = json.loads((finished / "front.json").read_text())
-    assert [r["numerics"] for r in front["references"]] == ["bf16", "int8", "int4"]
+    assert [r["numerics"] for r in front["references"]] == ["bf16", "int8", "int4+8", "int4"]
     assert all(r["speed"]["tpot_ms"] > 0 for r in front["references"])
     assert front["references"][0]["accuracy"]["value"] == 1.0
-    assert len(front["candidates"]) == 10
+    assert [c["free"] for c in front["candidates"]] == [True, *[False] * 10]
+
+
+def test_nothing_free_is_better_than_the_winner(finished: Path) -> None:
+    """The unpruned model in INT8 meets these budgets, so nothing that is less accurate may win."""
+    front = json.loads((finished / "front.json").read_text())
+    winner = front["winner"]
+    own = next(c for c in front["candidates"] if c["free"])
+    assert winner["free"] or winner["search_accuracy"]["value"] >= own["accuracy"]["low"]
+    page = (finished / "report" / "index.html").read_text()
+    assert ("nothing found beats the unpruned model in INT8" in page) == winner["free"]
 
 
 def test_the_winner_is_measured_in_turns_with_the_unpruned_model(finished: Path) -> None:
@@ -111,12 +121,12 @@ def test_the_winner_is_measured_in_turns_with_the_unpruned_model(finished: Path)
 def test_the_winner_is_tuned_alone_once_and_all_that_leaves_the_run_has_its_weights(
     home: Path, tiny_model_folder: Path, tmp_path: Path
 ) -> None:
-    # The unpruned model, which has nothing to learn, is not in this space.
-    smaller = TINY_PROFILE.replace("[0.5, 0.75, 1.0]", "[0.5, 0.75]").replace("tiny-cpu", "smaller-cpu")
-    (home / "smaller.toml").write_text(smaller)
+    # In INT8 the unpruned model would win, which has nothing to learn.
+    fewer = TINY_PROFILE.replace('name = "tiny-cpu"', 'name = "int4-cpu"\nnumerics = "int4"')
+    (home / "int4.toml").write_text(fewer)
     run = home / "alone-tuned"
     asked = command(home, tiny_model_folder, "alone-tuned", 4)
-    asked[asked.index("--profile") + 1] = str(home / "smaller.toml")
+    asked[asked.index("--profile") + 1] = str(home / "int4.toml")
     told = (
         *("--winner-minutes", "1", "--tuning-minutes", "0.01", "--tuning-steps", "150"),
         *("--tuning-lr", "2e-3", "--text-sequences", "200", "--score-sequences", "64"),

@@ -59,16 +59,6 @@ class Grid:
         """With each scale times a factor [N, blocks], as fp16 holds it."""
         return Grid(stored(self.scales * factors), self.zeros, self.bits)
 
-    def cell(self, weight: Tensor, integers: Tensor, share: float = 0.49) -> Tensor:
-        """Weights [N, K], each moved no further than it takes to be rounded to its one of the integers
-        [N, blocks, block]: within that share of a step of it."""
-        blocks = blocked(weight, QUANT_BLOCK[self.bits])
-        scales = self.scales.unsqueeze(-1)
-        middle = (integers - self.zeros.unsqueeze(-1)) * scales
-        low = torch.where(integers > 0, middle - share * scales, -torch.inf)
-        high = torch.where(integers < self.top, middle + share * scales, torch.inf)
-        return torch.minimum(torch.maximum(blocks, low), high).flatten(-2)[:, : weight.shape[1]]
-
 
 @dataclass(frozen=True)
 class Quantized:

@@ -72,14 +72,15 @@ def outer_weights(model: PreTrainedModel, rounding: Rounding, bits: int) -> tupl
     return rounded, rounding.values(HEAD, head.weight.detach(), bits)
 
 
-def settle_in_cells(model: PreTrainedModel, rounding: Rounding, subnet: SubNetwork) -> None:
-    """Move each weight of the sub-network that has few bits no further than to where it is rounded as
-    ``rounding`` has it: from there a tuning goes on."""
+def start_rounded(model: PreTrainedModel, rounding: Rounding, subnet: SubNetwork) -> None:
+    """Put what the sub-network's matrices of few bits are rounded to in their place: a tuning begins there.
+
+    Begun at unrounded weights, it soon undoes what rounding took care for: many of those lie beside the
+    border to another value.
+    """
     for index, bits in zip(subnet.layers, subnet.bits, strict=True):
         for name, linear in layer_linears(model, index) if bits in ZERO_POINTS else ():
-            weight = linear.weight.detach()
-            matrix = rounding.of(name, weight, bits)
-            linear.weight.data = matrix.grid.cell(weight, matrix.unpacked()).to(weight.dtype)
+            linear.weight.data = rounding.values(name, linear.weight.detach(), bits)
 
 
 def learnt_rounding(

@@ -22,7 +22,7 @@ from compressor.pipeline.rounding import (
     learnt_rounding,
     served,
     served_rounded,
-    settle_in_cells,
+    start_rounded,
 )
 from compressor.runfolder import Weights, replace_folder
 from compressor.space import SubNetwork
@@ -100,8 +100,8 @@ def tune_alone(context: Context, plan: Plan, subnet: SubNetwork, minutes: float,
     elastic = Elastic(model)
     told = served(context, plan)
     if rounded:
-        settle_in_cells(model, rounding, subnet)
         told = served_rounded(context, plan, model, rounding)
+        start_rounded(model, rounding, subnet)
         told.learn_scales(elastic.activate(subnet), subnet)
         elastic.reset()
     space = replace(plan.space, drop_order=info.drop_order)

@@ -218,10 +218,12 @@ def headline(data: ReportData) -> str:
     if winner is None:
         return f"No sub-network of {data.model} meets the budgets of {data.profile}."
     if winner.free:
+        form = f"the unpruned model in {numerics(data.numerics, winner.subnet)}"
+        kept = f"{size(winner.weight_bytes)}, {percent(winner.accuracy.value)} {data.accuracy_label}"
+        met = "every budget met" if all(b.met for b in data.budgets) else "over budget"
         return (
-            f"nothing found beats the unpruned model in {numerics(data.numerics, winner.subnet)} "
-            f"({size(winner.weight_bytes)}, {percent(winner.accuracy.value)} {data.accuracy_label}), which "
-            "is free: it is the winner. Try more minutes, or other budgets."
+            f"nothing found beats {form}, which is free, so that is the winner: {kept}; {met}. Try more "
+            "minutes, or another budget."
         )
     missed = [BUDGET_NAMES[b.name].lower() for b in data.budgets if not b.met]
     text = f"{size(winner.weight_bytes)} of weights"

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+SCALE_RATE = 4.0
+"""How many times the learning rate a scale's logarithm learns at."""
+
+
 class Grid(Protocol):
     """The values that a matrix may take, in blocks along its inputs that have a scale each."""
 
@@ -53,8 +57,8 @@ class Served:
     grids: Mapping[str, Grid] | None = None
     outer: Mapping[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     shifts: dict[str, Parameter] = field(default_factory=dict)
-    """Where scales learn, as they do for one sub-network alone: the logarithm of what each is to be times, by
-    the matrix's name."""
+    """Where scales learn, as they do for one sub-network alone: the logarithm of what each is to be times,
+    over ``SCALE_RATE``, by the matrix's name."""
 
     @property
     def rounds(self) -> bool:
@@ -72,7 +76,7 @@ class Served:
         assert self.grids is not None
         own = self.grids[name].part(*weight.shape)
         shift = self.shifts.get(name)
-        return own if shift is None else own.scaled(shift.detach().exp())
+        return own if shift is None else own.scaled((SCALE_RATE * shift.detach()).exp())
 
     @contextmanager
     def weights(self, model: PreTrainedModel, subnet: SubNetwork) -> Iterator[None]:
@@ -140,5 +144,5 @@ class Served:
         shift = self.shifts[name]
         block = -(-columns // shift.shape[1])
         padded = torch.nn.functional.pad(moved, (0, shift.shape[1] * block - columns))
-        slope = padded.view(rows, shift.shape[1], block).sum(-1)
+        slope = SCALE_RATE * padded.view(rows, shift.shape[1], block).sum(-1)
         shift.grad = slope if shift.grad is None else shift.grad.add_(slope)

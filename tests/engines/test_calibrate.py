@@ -1,4 +1,4 @@
-"""A whole model rounded on text: nearer to itself than rounded to the nearest, and kept beside its weights."""
+"""A whole model rounded on text: nearer to itself than by the nearest values, and kept beside its weights."""
 
 from __future__ import annotations
 

@@ -16,8 +16,8 @@ from compressor.engines.memory import package_bytes
 from compressor.engines.onnx_package import DATA_FILE, GRAPH_FILE, write_package
 from compressor.engines.onnx_store import Export
 from compressor.engines.onnx_verify import check_logits, greedy, mean_kl, open_package
-from compressor.engines.streamed import streamed_logits
 from compressor.engines.onnxruntime import OnnxRuntimeEngine
+from compressor.engines.streamed import streamed_logits
 from compressor.errors import InputError, PackageError, UnfitMachineError
 from compressor.int8_cache import SCALES_FILE
 from compressor.manifest import Accuracy, Speed, read_manifest, write_manifest

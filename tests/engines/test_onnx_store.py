@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from compressor.engines.onnx_export import export
-from compressor.engines.quantize import Quantized
 from compressor.engines.onnx_store import Export, open_export
+from compressor.engines.quantize import Quantized
 from compressor.errors import InputError
 from compressor.space import SubNetwork
 from tests.conftest import make_tiny_model

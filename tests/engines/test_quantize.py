@@ -63,18 +63,6 @@ def test_what_is_packed_is_unpacked(columns: int, rows: int, seed: int) -> None:
     assert torch.equal(found.values(columns), grid.values(integers, columns))
 
 
-def test_weights_settle_where_they_round_to_the_integers_given() -> None:
-    generator = torch.Generator().manual_seed(1)
-    weight = torch.randn(6, 64, generator=generator)
-    grid = fitted_grid(blocked(weight, 32), 4)
-    integers = (grid.integers(weight) + torch.randint(-1, 2, (6, 2, 32), generator=generator)).clamp(0, 15)
-    settled = grid.cell(weight, integers)
-    assert torch.equal(grid.integers(settled), integers)
-    near = (integers == grid.integers(weight)).flatten(1)
-    inside = (grid.rounded(weight) - weight).abs() < 0.48 * grid.scales.repeat_interleave(32, dim=1)
-    assert torch.equal(settled[near & inside], weight[near & inside])
-
-
 def test_four_bits_pack_the_first_weight_into_the_low_nibble() -> None:
     weight = torch.zeros(1, 32)
     weight[0, 0], weight[0, 1] = -8.0, 3.0
