@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from accelerate import init_empty_weights
 from torch import Tensor
 
-from compressor.models import quiet_progress
+from compressor.models import quiet_progress, save_tokenizer
 from compressor.space import SubNetwork
 from compressor.supernet import modeling_elastic
 
@@ -62,7 +62,7 @@ def save_subnetwork(
         model_class.register_for_auto_class("AutoModelForCausalLM")
     with quiet_progress():
         extracted.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        save_tokenizer(tokenizer, folder)
     return folder
 
 

@@ -266,7 +266,7 @@ except errors.InputError as error:
 """
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "hub")}
     done = subprocess.run(
-        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=300
     )
     assert "hub aaaa 512" in done.stdout, done.stderr
     assert "lacks the tensor model.layers.0.mlp.gate_proj" in done.stdout

@@ -6,6 +6,7 @@ import itertools
 import re
 from collections import Counter
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 CORPUS = (
@@ -96,7 +97,7 @@ def byte_level(pre: str, special: Sequence[str], extra: Sequence[str] = (), **ke
     """Metadata of a byte-level BPE. ``extra`` tokens are reached by no merge."""
     letters = byte_letters()
     words = ["".join(letters[b] for b in word.encode()) for word in _words(CORPUS)]
-    merges = _train(words, 300)
+    merges = _train(tuple(words), 300)
     spelled = ["".join(letters[b] for b in word.encode()) for word in extra]
     plain = [*letters, *("".join(pair) for pair in merges), *spelled]
     return {
@@ -113,7 +114,7 @@ def sentence_piece(**keys: Any) -> dict[str, Any]:
     """Metadata of a SentencePiece BPE with bytes to fall back on."""
     known = re.sub("[日本語中文字한국어]", "", CORPUS)  # the others are bytes
     words = ["▁" + word.replace(" ", "▁") for word in re.findall(r"[^\s]+| {2,}", known)]
-    merges = _train([*words, "▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁"] * 2, 300)
+    merges = _train((*words, "▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁") * 2, 300)
     joined = list(dict.fromkeys("".join(pair) for pair in merges))
     letters = sorted(set("".join(words)))
     special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
@@ -169,7 +170,8 @@ def _words(text: str) -> list[str]:
     return re.findall(r" ?[^\W\d_]+|\d| ?[^\w\s]+|\s+", text)
 
 
-def _train(words: Sequence[str], count: int) -> list[tuple[str, str]]:
+@cache
+def _train(words: tuple[str, ...], count: int) -> list[tuple[str, str]]:
     """The merges of plain BPE training; ties go to the pair that sorts first."""
     counted = Counter(words)
     parts = {word: list(word) for word in counted}
