@@ -29,5 +29,5 @@ reply = client.chat.completions.create(
 (call,) = reply.choices[0].message.tool_calls
 assert json.loads(call.function.arguments)["name"] in ("Ann", "Bob")
 with client.chat.completions.stream(model=MODEL, messages=question, max_completion_tokens=5) as stream:
-    assert [event for event in stream][-1].type
+    assert list(stream)[-1].type
 print("good")
