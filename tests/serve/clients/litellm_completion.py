@@ -21,5 +21,5 @@ tool = {"type": "function", "function": {"name": "weather", "parameters": parame
 reply = litellm.completion(**ask, tools=[tool], tool_choice="required", max_tokens=90)
 assert json.loads(reply.choices[0].message.tool_calls[0].function.arguments) == {"city": "Oslo"}
 response = litellm.responses(model=name, input="hello", max_output_tokens=4, api_base=base)
-assert response.usage.output_tokens == 4
+assert 0 < response.usage.output_tokens <= 4
 print("good")

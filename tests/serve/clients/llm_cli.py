@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 folder = Path(os.environ["HOME"]) / "llm"
-folder.mkdir()
+folder.mkdir(exist_ok=True)
 model, base = os.environ["MODEL"], os.environ["OPENAI_BASE_URL"]
 entry = f"- model_id: ours\n  model_name: {model}\n  api_base: {base}\n  api_key_name: openai\n"
 (folder / "extra-openai-models.yaml").write_text(entry)
