@@ -27,7 +27,7 @@ class Conversation:
     tools: Sequence[Tool] | None = None
     choice: Choice = None
     schema: Mapping[str, Any] | None = None
-    """Of the text, if it is to be JSON."""
+    """Of the text, if it is to be JSON; a reply that must be a call has none."""
     max_tokens: int | None = None
     count: int = 1
     stops: Sequence[str] = ()
@@ -40,10 +40,6 @@ class Conversation:
     def check(self) -> None:
         """Raises ``ApiError`` for what needs no work to be seen."""
         check_choice(self.tools, self.choice)
-        if self.schema is not None and must_call(self.tools, self.choice):
-            raise bad_request(
-                "a reply that must be a tool's call can't have a format as well", self.format_param
-            )
 
     @property
     def shown_tools(self) -> Sequence[Tool] | None:

@@ -97,6 +97,8 @@ def build_command(
     """
     if settings.kv_cache:
         raise InputError("--kv-cache is for ONNX Runtime, vLLM keeps its cache its own way: leave it out")
+    if settings.allowed_hosts:
+        raise InputError("--allowed-host is for ONNX Runtime, vLLM looks at no host: leave it out")
     dtype = str(config["dtype"])
     context = min(settings.max_context or manifest.context_length, manifest.context_length)
     argv = [

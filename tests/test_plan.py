@@ -182,8 +182,20 @@ def llama2_folder(folder: Path) -> Path:
     }
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    (folder / "model.safetensors").touch()
+    _write_holes(folder)
     return folder
+
+
+def _write_holes(folder: Path) -> None:
+    """A file of all the tensors that the configuration asks for, which takes no disk: it is a hole."""
+    entries, end = {}, 0
+    for name, dims in expected_tensors(read_shape(ModelSource("folder", folder.name, folder))).items():
+        begin, end = end, end + 2 * math.prod(dims)
+        entries[name] = {"dtype": "BF16", "shape": list(dims), "data_offsets": [begin, end]}
+    header = json.dumps(entries).encode()
+    with (folder / "model.safetensors").open("wb") as stream:
+        stream.write(len(header).to_bytes(8, "little") + header)
+        stream.truncate(8 + len(header) + end)
 
 
 def made_up(monkeypatch: pytest.MonkeyPatch, name: str, gpu_bytes: int = 0, host_gib: float = 83) -> None:

@@ -95,7 +95,7 @@ def test_its_copy_in_pytorch_is_gone_before_the_next_engine_starts(
     engine, references = paid(tmp_path, tiny_model_folder, told)
     assert engine.alive == {"bf16": False, "int8": False, "int4": False}
     ledger = references.context.ledger
-    assert all(ledger.get(references.score_key(n, "report")) for n in references.numerics)
+    assert all(ledger.get(references.score_key(form, "report")) for form in references.forms)
 
 
 def test_numerics_that_do_not_fit_the_gpu_are_left_out(
@@ -103,8 +103,9 @@ def test_numerics_that_do_not_fit_the_gpu_are_left_out(
 ) -> None:
     _, references = paid(tmp_path, tiny_model_folder, told, ("bf16", "int8"))
     ledger = references.context.ledger
-    assert ledger.get(references.speed_key("bf16")) is None
-    assert ledger.get(references.score_key("bf16", "report")) is not None, "scored in PyTorch all the same"
-    assert ledger.get(references.speed_key("int4")) is not None
+    bf16, _, int4 = references.forms
+    assert ledger.get(references.speed_key(bf16)) is None
+    assert ledger.get(references.score_key(bf16, "report")) is not None, "scored in PyTorch all the same"
+    assert ledger.get(references.speed_key(int4)) is not None
     texts = [event.text for event in told if isinstance(event, Message)]
     assert sum("left out of the comparison: 41.2 GiB" in text for text in texts) == 3

@@ -55,6 +55,8 @@ def test_a_gpu_takes_what_is_asked_for(package: Path) -> None:
 def test_vllm_is_not_told_how_to_keep_its_cache(package: Path) -> None:
     with pytest.raises(InputError, match=r"--kv-cache is for ONNX Runtime.*leave it out"):
         _command(Settings(package, kv_cache="int8"))
+    with pytest.raises(InputError, match=r"--allowed-host is for ONNX Runtime.*leave it out"):
+        _command(Settings(package, allowed_hosts=("box.local",)))
 
 
 @pytest.mark.vllm

@@ -12,7 +12,7 @@ CERTAIN = ("TOOLS", "TOOLS_STRICT", "JSON_SCHEMA", "RESPONSES_TOOLS")
 """Those in which a schema holds the reply; in the others a random model may say anything."""
 
 
-class Person(BaseModel):
+class Person(BaseModel, extra="forbid"):
     name: Literal["Ann", "Bob"]
 
 

@@ -7,7 +7,7 @@ from langchain_openai import ChatOpenAI
 from pydantic import BaseModel
 
 
-class Person(BaseModel):
+class Person(BaseModel, extra="forbid"):
     """Somebody."""
 
     name: Literal["Ann", "Bob"]

@@ -11,7 +11,7 @@ MODEL = os.environ["MODEL"]
 client = openai.OpenAI(max_retries=0)
 
 
-class Person(BaseModel):
+class Person(BaseModel, extra="forbid"):
     name: Literal["Ann", "Bob"]
     old: bool
 

@@ -8,7 +8,7 @@ from pydantic_ai import Agent, NativeOutput
 from pydantic_ai.models.openai import OpenAIChatModel, OpenAIResponsesModel
 
 
-class Person(BaseModel):
+class Person(BaseModel, extra="forbid"):
     name: Literal["Ann", "Bob"]
 
 
