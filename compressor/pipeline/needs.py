@@ -25,7 +25,7 @@ GPU_RESERVE = 1_500_000_000
 """Of a GPU, what a process of PyTorch takes beside tensors: context, workspaces, holes."""
 VLLM_RESERVE = 1_200_000_000
 """The same of vLLM, with the graphs of its decoding steps."""
-HOST_RESERVE = 3_000_000_000
+HOST_RESERVE = 1_000_000_000
 """Of the host, what Python with its libraries takes in the processes of a run."""
 SHARE = {"sampling": 0.1, "training": 0.4, "scoring": 0.5, "prefill": 0.5}
 """Share of the measured matrix peak that each kind of work reaches."""
