@@ -326,6 +326,12 @@ def plan_warnings(estimate: Estimate, machine: Machine) -> list[str]:
         found.append(
             "the unpruned model meets the memory budget already: the search looks for a smaller or faster one"
         )
+    if profile.device.kind == "cpu" and (gpu := device.unknown_gpu(machine)):
+        found.append(
+            f"no profile is for this machine's {gpu}: it computes, but what is served is the CPU's. "
+            "To serve on it, copy the nearest profile (`compress profiles show l4-24g`), put its name and "
+            "memory there, and pass the file with --profile"
+        )
     if request.lora_rank is None and choices.lora_rank:
         found.append(
             f"all weights don't fit to be tuned here: adapters of rank {choices.lora_rank} are "
