@@ -46,8 +46,8 @@ the GPU's own speed where there is one.
 
 The plan settles what nobody named: all weights are tuned where that fits, else adapters of rank 16; a step
 is taken in as many parts, and texts are written so many at once, as fit; the super-network stays on the GPU
-while vLLM measures where both fit (turns: where they don't). Of the unpruned model, numerics that don't fit the GPU
-are left out of the comparison.
+while vLLM measures where both fit (turns: where they don't). Of the unpruned model, numerics that don't fit
+the GPU are left out of the comparison.
 """
 
 
