@@ -107,8 +107,9 @@ class Plan:
 
     @property
     def peak_memory_bytes(self) -> int:
-        """Of the GPU where one computes, else of the host."""
-        return max(n.gpu_bytes if self.capacity.on_gpu else n.host_bytes for n in self.stages.values())
+        """Of the GPU where one computes, else of the host; without references, which may be left out."""
+        needs = [need for name, need in self.stages.items() if name != "references"]
+        return max(need.gpu_bytes if self.capacity.on_gpu else need.host_bytes for need in needs)
 
     @property
     def total_seconds(self) -> float:
