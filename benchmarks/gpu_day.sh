@@ -16,11 +16,18 @@ mkdir -p "$out"
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1 VLLM_NO_USAGE_STATS=1 PYTHONPATH="$PWD"
 began=$SECONDS
 limit_all=840
+rehearse=
+slower=1
+if [ "${1:-}" = --rehearse ]; then
+  rehearse=1
+  slower=${SLOWER:-4} # a shared CPU takes longer to import and to start
+fi
+limit_all=$((limit_all * slower))
 
 # part, its longest time in seconds, the Python that runs it
 run() {
   local left=$((limit_all - (SECONDS - began)))
-  local limit=$(($2 < left ? $2 : left))
+  local limit=$(($2 * slower < left ? $2 * slower : left))
   if [ "$limit" -lt 10 ]; then
     echo "$1: not run, the 14 minutes are over" | tee -a "$out/summary.txt"
     return
@@ -36,8 +43,6 @@ run() {
   esac | tee -a "$out/summary.txt"
 }
 
-rehearse=
-[ "${1:-}" = --rehearse ] && rehearse=1
 : >"$out/summary.txt"
 run memory 170 "$python"
 run scoring 80 "$python"

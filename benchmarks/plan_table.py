@@ -46,7 +46,8 @@ the GPU's own speed where there is one.
 
 The plan settles what nobody named: all weights are tuned where that fits, else adapters of rank 16; a step
 is taken in as many parts, and texts are written so many at once, as fit; the super-network stays on the GPU
-while vLLM measures where both fit.
+while vLLM measures where both fit (turns: where they don't). Of the unpruned model, numerics that don't fit
+the GPU are left out of the comparison.
 """
 
 
@@ -90,7 +91,8 @@ def cell(found: Estimate) -> str:
     if reason := refusal(found):
         return "refused: " + reason.split(":")[0]
     stages = found.stages()
-    name, most = max(stages.items(), key=lambda pair: pair[1].gpu_bytes)
+    held = {name: need for name, need in stages.items() if name != "references"}
+    name, most = max(held.items(), key=lambda pair: pair[1].gpu_bytes)
     kept = "" if found.choices.keeps_both else ", turns"
     total = sum(need.seconds for need in stages.values())
     chosen = settings(found.choices)

@@ -163,18 +163,9 @@ def require(profile: Profile, machine: Machine) -> None:
 def auto(machine: Machine) -> Profile:
     """The profile that fits best: CUDA before CPU, named devices before any, the most memory.
 
-    Raises ``UnfitMachineError`` if none fits, or where there is a GPU that no profile is for: taking a CPU's
-    would leave it idle.
+    Raises ``UnfitMachineError`` if none fits.
     """
     fitting = [profile for profile in load_profiles() if fits(profile, machine).ok]
-    if machine.gpus and all(profile.device.kind == "cpu" for profile in fitting):
-        gpu = machine.gpus[0]
-        instead = f", or take a CPU's: --profile {fitting[0].name}" if fitting else ""
-        raise UnfitMachineError(
-            f"no profile is for this machine's {gpu.name} with {gpu.memory_bytes / GIB:.1f} GiB: copy the "
-            "nearest one (`compress profiles show l4-24g`), put its name and memory there, and pass the "
-            f"file with --profile{instead}"
-        )
     if not fitting:
         raise UnfitMachineError(
             "no profile fits this machine: copy one (`compress profiles show starter-cpu`), "
@@ -184,6 +175,13 @@ def auto(machine: Machine) -> Profile:
         fitting,
         key=lambda p: (p.device.kind == "cuda", bool(p.device.match), p.device.memory_gib, p.name),
     )
+
+
+def unknown_gpu(machine: Machine) -> str:
+    """Name of this machine's GPU where no profile is for it; nothing where one is, or there is no GPU."""
+    if not machine.gpus or any(p.device.kind == "cuda" and fits(p, machine).ok for p in load_profiles()):
+        return ""
+    return machine.gpus[0].name
 
 
 def cuda_hint(environment: Mapping[str, str] = os.environ) -> str:

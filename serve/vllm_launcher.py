@@ -41,6 +41,8 @@ SATURATES = (
     "are: its answers will be worse. Package it again on this machine, with a profile for its CPU"
 )
 BLOCK_TOKENS = 128
+BATCHED_TOKENS = 8192
+"""Tokens that vLLM takes at once, at most: as it was measured."""
 GPU_SHARE = 0.92
 """Of a GPU's memory, what vLLM takes unless it is told otherwise."""
 STARTUP_TIMEOUT_S = 600.0
@@ -192,6 +194,7 @@ def _gpu_flags(
     that nobody asked for is as long as the cache holds.
     """
     yield from ("--max-model-len", str(context) if settings.max_context else "auto")
+    yield from ("--max-num-batched-tokens", str(BATCHED_TOKENS))
     if settings.max_concurrency:
         yield from ("--max-num-seqs", str(settings.max_concurrency))
     if settings.cache_gib:

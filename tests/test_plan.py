@@ -250,3 +250,11 @@ def test_a_dry_run_prints_memory_and_time_of_every_stage(
     for words in ("adapters of rank 16", "scoring sub-networks", "GPU memory", "host memory", "time"):
         assert words in " ".join(shown.output.split())
     assert not (tmp_path / "run").exists()
+
+
+def test_a_gpu_that_no_profile_is_for_is_named_where_a_cpu_profile_is_taken() -> None:
+    found = on_cpu(SMALL_1B)
+    unknown = replace(machine(load_profile("l4-24g")), gpus=(Gpu("Tesla K80", 11 * GIB, "3.7"),))
+    assert any("no profile is for this machine's Tesla K80" in w for w in plan.plan_warnings(found, unknown))
+    known = machine(load_profile("l4-24g"))
+    assert not any("no profile is for" in warning for warning in plan.plan_warnings(found, known))

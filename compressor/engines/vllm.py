@@ -91,10 +91,12 @@ class VllmEngine:
     ) -> VllmCandidate:
         """Load this folder as it is: a package with its own weights. Raises as ``build`` does.
 
-        ``scores``: to read many texts, whose common beginnings are then read once.
+        It is run as its server runs it, compiled on a GPU, which takes minutes; unless it ``scores``: to read
+        many texts, whose common beginnings are then read once.
         """
         overrides = {"dtype": self._config["dtype"]}
-        return self._load(subnet, cast(VllmNumerics, numerics), workload, overrides, shares=scores)
+        chosen = cast(VllmNumerics, numerics)
+        return self._load(subnet, chosen, workload, overrides, shares=scores, compiled=not scores)
 
     def bench(
         self, candidate: VllmCandidate, workload: Workload, *, max_seconds: float = 3.0, min_repeats: int = 3
@@ -170,6 +172,7 @@ class VllmEngine:
         overrides: dict[str, Any],
         *,
         shares: bool = False,
+        compiled: bool = False,
         **options: Any,
     ) -> VllmCandidate:
         length = workload.prompt_tokens + workload.output_tokens
@@ -191,7 +194,7 @@ class VllmEngine:
                 max_num_seqs=workload.concurrency,
                 max_num_batched_tokens=vllm_batch_tokens(workload),
                 kv_cache_memory_bytes=self._cache_bytes(subnet, workload, numerics),
-                **execution(workload, overrides["dtype"], on_cuda=_on_cuda()),
+                **execution(workload, overrides["dtype"], on_cuda=_on_cuda(), compiled=compiled),
                 **_gpu_share(),
                 **options,
             )
@@ -330,16 +333,19 @@ def _threads() -> int:
     return torch.get_num_threads()
 
 
-def execution(workload: Workload, dtype: str, *, on_cuda: bool) -> dict[str, Any]:
+def execution(workload: Workload, dtype: str, *, on_cuda: bool, compiled: bool = False) -> dict[str, Any]:
     """How vLLM is to run a model of that dtype while it is measured.
 
     On a GPU decoding steps are CUDA graphs, as in its server: launched one by one, kernels of a small batch
-    take longer to launch than to run. Nothing is compiled, which would take minutes a sub-network.
+    take longer to launch than to run. Nothing is compiled, which would take minutes a sub-network, unless
+    it is ``compiled`` as its server does it.
     """
     if not on_cuda:
         return {"dtype": dtype, "enforce_eager": True}
-    graphs = {"mode": 0, "cudagraph_capture_sizes": [workload.concurrency]}
     own_choice = dtype if dtype == "float32" else "auto"  # fp16 where a GPU has no bf16
+    if compiled:
+        return {"dtype": own_choice}
+    graphs = {"mode": 0, "cudagraph_capture_sizes": [workload.concurrency]}
     return {"dtype": own_choice, "compilation_config": graphs}
 
 

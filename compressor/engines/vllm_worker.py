@@ -48,14 +48,17 @@ class VllmWorker:
         numerics: Numerics = "int8",
         threads: int | None = None,
         max_seconds: float = 10.0,
+        package: bool = False,
     ) -> Measurement:
         """A sub-network of the super-network in a folder, with made-up weights: its speed and memory.
+
+        With ``package`` the folder is the sub-network's own, which is run as its server runs it.
 
         Raises ``InputError``, ``UnfitMachineError`` where vLLM cannot load it, ``MemoryExhaustedError`` where
         memory ran out, or ``WorkerDiedError``; after these two the next is measured by a new process.
         """
         request = BenchRequest(subnet, workload, numerics, threads, max_seconds)
-        asked = {"supernet": str(supernet.resolve()), "request": request.to_dict()}
+        asked = {"folder": str(supernet.resolve()), "package": package, "request": request.to_dict()}
         try:
             return measurement_of(self._ask(asked, START_SECONDS + request.allowed_seconds))
         except MemoryExhaustedError:
@@ -124,8 +127,9 @@ def _answer(asked: Mapping[str, Any]) -> dict[str, Any]:
 
     request = BenchRequest.from_dict(asked["request"])
     try:
-        engine = VllmEngine(Path(asked["supernet"]), request.threads)
-        candidate = engine.build(request.subnet, request.workload, request.numerics)
+        engine = VllmEngine(Path(asked["folder"]), request.threads)
+        load = engine.open_package if asked["package"] else engine.build
+        candidate = load(request.subnet, request.workload, request.numerics)
         try:
             return asdict(engine.bench(candidate, request.workload, max_seconds=request.max_seconds))
         finally:

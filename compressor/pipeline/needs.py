@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from compressor.engines.memory import required_memory_bytes, served_memory
 from compressor.evaluation.schedule import wave_tokens
+from compressor.evaluation.shared_layers import AHEAD, MOST_BYTES
 from compressor.evaluation.tasksize import TaskSize, sizes
 from compressor.profile import EngineName
 from compressor.request import RunRequest
@@ -25,7 +26,7 @@ GPU_RESERVE = 1_500_000_000
 """Of a GPU, what a process of PyTorch takes beside tensors: context, workspaces, holes."""
 VLLM_RESERVE = 1_200_000_000
 """The same of vLLM, with the graphs of its decoding steps."""
-HOST_RESERVE = 3_000_000_000
+HOST_RESERVE = 1_000_000_000
 """Of the host, what Python with its libraries takes in the processes of a run."""
 SHARE = {"sampling": 0.1, "training": 0.4, "scoring": 0.5, "prefill": 0.5}
 """Share of the measured matrix peak that each kind of work reaches."""
@@ -43,8 +44,6 @@ MOST_TEXT = 128
 """Sequences written at once, at most."""
 BLOCK_TOKENS = {"cpu": 2048, "gpu": 16384}
 """Tokens of one pass of scoring."""
-SHARED_LAYERS = 4 << 30
-"""What scoring keeps of leading layers, at most, and of a GPU no more than a quarter of what is free."""
 RACING_SPARES = 0.25
 """Part of a candidate's scoring that racing is counted to spare; how much it is depends on the search."""
 STARTS = {"onnxruntime": 1.0, "cpu": 6.0, "gpu": 4.0}
@@ -279,7 +278,9 @@ class Estimate:
         wave = wave_tokens(room, self._kept_per_token) * self._kept_per_token
         passing = BLOCK_TOKENS[place] * self._layer_per_token
         left = max(0, room - wave - passing - GPU_RESERVE)
-        return weights + wave + passing + min(SHARED_LAYERS, left // 4)
+        states = self._scored_tokens("search") * self.shape.hidden_size * self.capacity.element
+        shared = len(AHEAD) * self.request.effort.evaluations * int(states)
+        return weights + wave + passing + min(MOST_BYTES, left // 4, shared)
 
     @property
     def _candidate_bytes(self) -> int:

@@ -107,8 +107,9 @@ class Plan:
 
     @property
     def peak_memory_bytes(self) -> int:
-        """Of the GPU where one computes, else of the host."""
-        return max(n.gpu_bytes if self.capacity.on_gpu else n.host_bytes for n in self.stages.values())
+        """Of the GPU where one computes, else of the host; without references, which may be left out."""
+        needs = [need for name, need in self.stages.items() if name != "references"]
+        return max(need.gpu_bytes if self.capacity.on_gpu else need.host_bytes for need in needs)
 
     @property
     def total_seconds(self) -> float:
@@ -326,6 +327,12 @@ def plan_warnings(estimate: Estimate, machine: Machine) -> list[str]:
     if full.total <= profile.budgets.memory_bytes:
         found.append(
             "the unpruned model meets the memory budget already: the search looks for a smaller or faster one"
+        )
+    if profile.device.kind == "cpu" and (gpu := device.unknown_gpu(machine)):
+        found.append(
+            f"no profile is for this machine's {gpu}: it computes, but what is served is the CPU's. "
+            "To serve on it, copy the nearest profile (`compress profiles show l4-24g`), put its name and "
+            "memory there, and pass the file with --profile"
         )
     if request.lora_rank is None and choices.lora_rank:
         found.append(

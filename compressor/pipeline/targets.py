@@ -277,10 +277,12 @@ class VllmTarget:
         return self._bench(self._supernet, subnet, self._profile.numerics, seconds)
 
     def bench_longer(self, subnet: SubNetwork, exactness: Exactness | None, seconds: float) -> Measurement:
-        """By a vLLM that has just started: what one leaves behind would count into the next one's memory."""
+        """From its package, run as its server runs it, by a vLLM that has just started: what one leaves
+        behind would count into the next one's memory."""
         del exactness
         self.close()
-        return self._bench(self._supernet, subnet, self._profile.numerics, seconds)
+        with self._on_disk(self._supernet, subnet, self._profile.numerics) as folder:
+            return self._bench(folder, subnet, self._profile.numerics, seconds, package=True)
 
     def bench_unpruned(self, subnet: SubNetwork, numerics: Numerics, seconds: float) -> Measurement:
         return self._bench(self._context.folder.base, subnet, numerics, seconds)
@@ -313,7 +315,9 @@ class VllmTarget:
         """End the vLLM that measures: it holds memory."""
         self._worker.close()
 
-    def _bench(self, model: Path, subnet: SubNetwork, numerics: Numerics, seconds: float) -> Measurement:
+    def _bench(
+        self, model: Path, subnet: SubNetwork, numerics: Numerics, seconds: float, *, package: bool = False
+    ) -> Measurement:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # what this process freed but holds is vLLM's to take
         return self._worker.bench(
@@ -323,19 +327,26 @@ class VllmTarget:
             numerics=numerics,
             threads=self._context.request.threads,
             max_seconds=seconds,
+            package=package,
         )
 
     @contextmanager
     def _written(self, model: Path, subnet: SubNetwork, numerics: Numerics) -> Iterator[Artefact]:
         """A package on the run's disk for as long as it is scored, by a vLLM of its own."""
         self.close()
-        folder = self._context.folder.path / f"scored-{subnet.digest}"
-        shutil.rmtree(folder, ignore_errors=True)
         kept = self._context.folder.path / "scored-parts" / self._weights_of(model)
+        with self._on_disk(model, subnet, numerics) as folder:
+            yield VllmArtefact(Reader(folder, numerics, subnet.to_dict(), self._python, kept))
+
+    @contextmanager
+    def _on_disk(self, model: Path, subnet: SubNetwork, numerics: Numerics) -> Iterator[Path]:
+        """A package in the run's folder, gone at the end of the block."""
+        folder = self._context.folder.path / f"package-of-{subnet.digest}"
+        shutil.rmtree(folder, ignore_errors=True)
         try:
             fields = {"name": subnet.digest, "base_model": "run"}
             self._package(model, subnet, folder, fields, numerics)
-            yield VllmArtefact(Reader(folder, numerics, subnet.to_dict(), self._python, kept))
+            yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
