@@ -191,7 +191,9 @@ def test_quantized_bytes_count_blocks_scales_and_what_stays_in_floating_point():
     two = 2 * 18 + 1  # blocks of 32 weights of 4 bits, and the zero points of both in a byte
     assert weight_bytes(shape, four, "int8") == blocks * two + 10 * 2 * 66 + floats
     assert weight_bytes(shape, subnet, "int4") == (blocks + 10 * 2) * two + floats
-    assert weight_bytes(shape, SubNetwork((0,), (64,), (8,), (4, 4)), "int8") == blocks * 66 + 20 * two + floats
+    assert (
+        weight_bytes(shape, SubNetwork((0,), (64,), (8,), (4, 4)), "int8") == blocks * 66 + 20 * two + floats
+    )
 
 
 def test_quantized_bytes_round_an_incomplete_block_up():
