@@ -23,6 +23,7 @@ from compressor.profile import Profile, load_profile, load_profiles
 from compressor.request import RunRequest, fresh
 from compressor.space import ModelShape
 from compressor.weight_files import expected_tensors
+from tests.conftest import make_tiny_tokenizer
 
 LLAMA2_7B = ModelShape(4096, 11008, 32, 32, 32, 128, 32000)
 LLAMA31_8B = ModelShape(4096, 14336, 32, 32, 8, 128, 128256, max_position_embeddings=131072)
@@ -184,6 +185,7 @@ def llama2_folder(folder: Path) -> Path:
     }
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    make_tiny_tokenizer().save_pretrained(folder)
     _write_holes(folder)
     return folder
 
