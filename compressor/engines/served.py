@@ -14,18 +14,20 @@ from compressor.errors import PackageError
 
 
 def prove(folder: Path, vocabulary: int) -> Iterator[str]:
-    """Open each as the endpoint will, a line each. ``vocabulary``: how many logits the model has.
+    """Open each as the endpoint will, a line each. ``vocabulary``: how many logits the model has, which may be
+    more than the tokenizer has texts for.
 
     Raises ``PackageError`` for what would keep the endpoint from starting or from answering at all.
     """
     yield chat_template.describe(folder)
     tokenizer = read_tokenizer(folder)
     known = tokenizer.get_vocab_size()
+    yield f"{known} tokens have texts, of {vocabulary}"
     if known > vocabulary:
         yield f"the tokenizer knows {known} tokens, the model {vocabulary}: texts with the rest are refused"
     ends = read_ends(folder, vocabulary)
     if ends:
-        names = ", ".join(repr(tokenizer.id_to_token(end)) for end in ends)
+        names = ", ".join(repr(tokenizer.id_to_token(end) or f"token {end}") for end in ends)
         yield f"texts end with {names}"
     else:
         yield "no token ends a text: every answer runs to its limit"
@@ -42,16 +44,38 @@ def read_tokenizer(folder: Path) -> Tokenizer:
 
 
 def read_ends(folder: Path, vocabulary: int) -> list[int]:
-    """The tokens that end a text. Raises ``PackageError``."""
+    """The tokens that end a text, as who serves the package reads them. Raises ``PackageError``."""
     path = folder / "genai_config.json"
     try:
-        given: Any = json.loads(path.read_text(encoding="utf-8"))["model"].get("eos_token_id")
+        if path.is_file() or (folder / "model.onnx").is_file():
+            given: Any = json.loads(path.read_text(encoding="utf-8"))["model"].get("eos_token_id")
+        else:
+            given = read_config(folder).get("eos_token_id")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise PackageError(f"{path} is missing or damaged ({error}): make the package again") from None
     ends = [] if given is None else given if isinstance(given, list) else [given]
     if not all(isinstance(end, int) and 0 <= end < vocabulary for end in ends):
         raise PackageError(f"{path}: eos_token_id {given} is no token of the model: make the package again")
     return ends
+
+
+def read_vocabulary(folder: Path) -> int:
+    """How many logits the model of a folder has, by its configuration. Raises ``PackageError``."""
+    try:
+        return int(read_config(folder)["vocab_size"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise PackageError(
+            f"{folder}: config.json is missing or damaged ({error}): make the package again"
+        ) from None
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """What vLLM reads: a model's configuration, with that of its generation. Raises ``ValueError``."""
+    found: dict[str, Any] = {}
+    for path in (folder / "config.json", folder / "generation_config.json"):
+        if path.is_file():
+            found |= json.loads(path.read_text(encoding="utf-8"))
+    return found
 
 
 def _prove_grammar(folder: Path, vocabulary: int, ends: list[int]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from packaging.version import Version
 
-from compressor import chat_template
+from compressor.engines import served
 from compressor.engines.vllm import UNKNOWN, VllmEngine, vllm_version
 from compressor.environments import REMEDY
 from compressor.errors import PackageError, UnfitMachineError
@@ -31,7 +31,7 @@ def speak(folder: Path, manifest: Manifest) -> Iterator[str]:
     Raises ``PackageError`` for one that computes no finite probabilities, and ``UnfitMachineError``
     where vLLM is too old or cannot load it.
     """
-    yield chat_template.describe(folder)
+    yield from served.prove(folder, served.read_vocabulary(folder))
     if importlib.util.find_spec("vllm") is None:
         yield f"vLLM is not installed here, so its answers were not tried: {REMEDY}"
         return

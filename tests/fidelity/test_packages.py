@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from compressor.engines.texts_verify import prove_texts
+from compressor.engines import served
 from compressor.errors import PackageError
 from tests.fidelity.test_folders import edit, put, remove
 
@@ -17,26 +17,27 @@ def test_the_models_vocabulary_and_the_tokenizers_are_two(tiny_model_folder: Pat
     folder = shutil.copytree(tiny_model_folder, tmp_path / "package")
     edit("config.json", vocab_size=640)(folder)
     edit("generation_config.json", eos_token_id=[2, 0])(folder)
-    line = "512 tokens have texts, of 640; a text ends at <|im_end|>, <|endoftext|>"
-    assert list(prove_texts(folder)) == [line]
+    said = list(served.prove(folder, 640))
+    assert said[1:3] == ["512 tokens have texts, of 640", "texts end with '<|im_end|>', '<|endoftext|>'"]
+    assert "over 640 tokens" in said[3]
 
 
 def test_a_package_without_ends_says_so(tiny_model_folder: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(tiny_model_folder, tmp_path / "package")
     edit("config.json", eos_token_id=None)(folder)
     remove("generation_config.json")(folder)
-    assert "the model names no end token" in next(prove_texts(folder))
+    assert "no token ends a text: every answer runs to its limit" in list(served.prove(folder, 512))
 
 
 def test_an_end_outside_the_vocabulary_is_named(tiny_model_folder: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(tiny_model_folder, tmp_path / "package")
     put("genai_config.json", json.dumps({"model": {"eos_token_id": [2, 600]}}).encode())(folder)
-    with pytest.raises(PackageError, match="texts end at token 600, of 512"):
-        list(prove_texts(folder))
+    with pytest.raises(PackageError, match="600] is no token of the model"):
+        list(served.prove(folder, 512))
 
 
 def test_a_broken_tokenizer_is_named(tiny_model_folder: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(tiny_model_folder, tmp_path / "package")
     put("tokenizer.json", b"{}")(folder)
-    with pytest.raises(PackageError, match="is no tokenizer"):
-        list(prove_texts(folder))
+    with pytest.raises(PackageError, match="is not a tokenizer"):
+        list(served.prove(folder, 512))
