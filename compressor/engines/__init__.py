@@ -10,8 +10,8 @@ from pathlib import Path
 
 
 def verify_package(folder: Path) -> Iterator[str]:
-    """Prove a package whole, one line a proof: its hashes, that it loads, all that is opened to serve it, that
-    it speaks.
+    """Prove a package whole, one line a proof: its hashes, that it loads, all that serving opens, that it
+    speaks.
 
     Raises ``PackageError`` naming what is wrong.
     """

@@ -14,8 +14,8 @@ from compressor.errors import PackageError
 
 
 def prove(folder: Path, vocabulary: int) -> Iterator[str]:
-    """Open each as the endpoint will, a line each. ``vocabulary``: how many logits the model has, which may be
-    more than the tokenizer has texts for.
+    """Open each as the endpoint will, a line each. ``vocabulary``: how many logits the model has, which may
+    be more than the tokenizer has texts for.
 
     Raises ``PackageError`` for what would keep the endpoint from starting or from answering at all.
     """

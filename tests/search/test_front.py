@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compressor.errors import InfeasibleError
-from compressor.search.front import choose_winner, hypervolume, nondominated, pareto_front
+from compressor.search.front import choose_winner, dominates, hypervolume, nondominated, pareto_front
 from compressor.search.problem import Outcome
 from compressor.space import SubNetwork
 from tests.search.synthetic import SPACE, evaluate, make_problem
@@ -121,3 +122,44 @@ def test_a_tie_may_be_judged_by_paired_items() -> None:
     outcomes = [outcome(1, 0.70, size=100), outcome(2, 0.69, size=50)]
     assert choose_winner(outcomes, {}, lambda _one, _best: True).required() is outcomes[1]
     assert choose_winner(outcomes, {}, lambda _one, _best: False).required() is outcomes[0]
+
+
+FIGURES = st.tuples(*[st.integers(1, 6).map(float)] * 4)
+
+
+@given(
+    searched=st.lists(FIGURES, max_size=8),
+    free=st.lists(FIGURES, min_size=1, max_size=3),
+    spread=st.sampled_from([0.0, 0.15, 0.4]),
+)
+def test_no_winner_and_no_front_is_dominated_by_what_is_free(searched, free, spread):
+    """Whatever was measured of sub-networks and of the unpruned model's own forms."""
+    outcomes = [
+        replace(
+            outcome(n, accuracy / 10, spread, size, tpot, memory_bytes=memory), free=number >= len(searched)
+        )
+        for number, (n, (accuracy, size, tpot, memory)) in enumerate(enumerate([*searched, *free], 1))
+    ]
+    budgets = {"memory_bytes": 5.0, "tpot_ms": 5.0}
+    names = ("weight_bytes", *budgets)
+    choice = choose_winner(outcomes, budgets)
+    within = [o for o in outcomes if all(o.values[name] <= limit for name, limit in budgets.items())]
+    assert (choice.winner is None) == (not within)
+    if choice.winner is not None:
+        assert not any(dominates(o, choice.winner, names) for o in within)
+
+
+def test_what_is_free_wins_where_nothing_is_better():
+    free = replace(outcome(1, 0.8, size=40), free=True)
+    worse = outcome(2, 0.79, size=41)
+    assert choose_winner([worse, free], BUDGETS).required() is free
+    better = outcome(3, 0.9, size=40)
+    assert choose_winner([worse, free, better], BUDGETS).required() is better
+
+
+def test_the_same_architecture_with_other_weights_is_another_point_of_the_front():
+    problem = make_problem()
+    tuned = evaluate(SPACE.full)
+    free = replace(tuned, values={**tuned.values, "accuracy": tuned.values["accuracy"] / 2}, free=True)
+    assert pareto_front(problem, [free, tuned]) == [tuned]
+    assert pareto_front(problem, [tuned, free]) == [tuned]

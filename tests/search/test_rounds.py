@@ -117,3 +117,18 @@ def test_outcomes_from_another_space_are_left_out():
     search = Linas(PROBLEM)
     search.tell([evaluate(MIXED.sample(np.random.default_rng(0)))])
     assert search.told == []
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_every_search_begins_with_what_is_free(algorithm):
+    space = SearchSpace.from_fractions(SHAPE, [0.75, 1.0], [0.5, 1.0], bits=(4, 8), outer_bits=(4, 8))
+    whole = space.free
+    assert [(s.bits[0], s.outer[0]) for s in whole] == [(8, 8), (4, 8), (4, 4)]
+    told = run(make_search(algorithm, make_problem(space), seed=5), 30)
+    assert [o.subnet for o in told[:3]] == list(whole)
+    smaller = make_problem(space, budget_share=0.8)
+    allowed = [s for s in whole if smaller.allows(s)]
+    assert 0 < len(allowed) < 3
+    asked = make_search(algorithm, smaller, seed=5).ask(len(allowed))
+    assert asked == allowed
+    assert len({o.subnet for o in told}) == 30
