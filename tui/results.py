@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -111,7 +112,7 @@ class Results:
         front = front_candidates(self.data) or self._overall_front()
         wanted = {also, self.winner_digest}
         extra = [c for c in self.data.candidates if c.subnet.digest in wanted and c not in front]
-        return [self._pick(c, limits) for c in [*front, *extra]]
+        return [self._pick(c, limits) for c in better_of_each([*front, *extra])]
 
     def what_if(self, budgets: Budgets) -> WhatIf:
         """What the run's own rule picks under other budgets, from what was evaluated."""
@@ -119,7 +120,9 @@ class Results:
         from compressor.search.problem import Outcome
 
         outcomes = [
-            Outcome(c.subnet, self._values(c)) for c in self.data.candidates if c.accuracy and c.speed
+            Outcome(c.subnet, self._values(c), free=c.free)
+            for c in self.data.candidates
+            if c.accuracy and c.speed
         ]
         limits = {
             "memory_bytes": float(budgets.memory_bytes),
@@ -184,6 +187,21 @@ def read_results(run: Path, shape: ModelShape | None) -> Results:
             f"{folder.front} is damaged ({error.error_count()} errors): let the run go on, it writes it again"
         ) from None
     return Results(run, data, stored_request(folder), shape)
+
+
+def better_of_each(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """One for each architecture, in their order: with the unpruned model's weights or the super-network's,
+    whichever is more accurate, as a pick by its name is."""
+    best: dict[str, Candidate] = {}
+    for candidate in candidates:
+        known = best.setdefault(candidate.subnet.digest, candidate)
+        if _value(candidate) > _value(known):
+            best[candidate.subnet.digest] = candidate
+    return list(best.values())
+
+
+def _value(candidate: Candidate) -> float:
+    return candidate.accuracy.value if candidate.accuracy else 0.0
 
 
 def sample_of(candidate: Candidate) -> Sample:

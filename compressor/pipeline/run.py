@@ -205,9 +205,9 @@ class Workshop:
         if pick in PICKS and front:
             return max(front, key=PICKS[pick])
         digest = winner_of(self.context.folder).digest if pick == "winner" else pick
-        for outcome in outcomes:
-            if outcome.subnet.digest == digest:
-                return outcome
+        named = [outcome for outcome in outcomes if outcome.subnet.digest == digest]
+        if named:  # of the unpruned model's own weights and the super-network's, those that are better
+            return max(named, key=lambda outcome: outcome.values.get("accuracy", 0.0))
         raise InputError(
             f"the run has no sub-network '{pick}': use winner, {', '.join(PICKS)}, or a digest of "
             "`compress replan`"
