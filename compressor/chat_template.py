@@ -16,7 +16,6 @@ from typing import Any
 
 import jinja2
 import jinja2.ext
-import jinja2.meta
 import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
@@ -47,8 +46,10 @@ class ChatTemplates:
 
     @property
     def takes_tools(self) -> bool:
-        """Whether a template reads the tools that it is given."""
-        return "tools" in jinja2.meta.find_undeclared_variables(parse(self.source(tools=True)))
+        """Whether a template reads the tools that it is given. Told by its tree: Jinja's own search would
+        compute what is constant in a template, which may be without end."""
+        names = parse(self.source(tools=True)).find_all(jinja2.nodes.Name)
+        return any(name.name == "tools" and name.ctx == "load" for name in names)
 
     def render(
         self,

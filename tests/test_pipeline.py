@@ -451,8 +451,7 @@ def test_layers_of_four_bits_are_searched_scored_and_packaged(tiny_model_folder,
     asked = [sys.executable, "-m", "compressor.cli", "package", str(run), "--engine", "vllm"]
     result = subprocess.run(asked, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
-    assert bits != {4} or "no layers of 4 bits: they get 8" in result.stdout
-    assert set(read_manifest(run / "package-best-vllm").architecture.bits) == {8}
+    assert set(read_manifest(run / "package-best-vllm").architecture.bits) <= bits
 
 
 def test_layers_that_may_have_fewer_bits_are_tuned_for_them(

@@ -55,7 +55,9 @@ def test_an_engines_logits_give_the_same_score(
             return model(torch.from_numpy(ids)[None]).logits[0].numpy()
 
     evaluator = TaskEvaluator("arc_easy", tokenizer, data_dir, limit=6)
-    found = evaluator.score_artefact(lambda encoded: score_by_logits(encoded, logits), "search")
+    found = evaluator.score_artefact(
+        lambda encoded, *, greedy=True: score_by_logits(encoded, logits), "search"
+    )
     assert found.value == evaluator.score(model, "search").value
 
 

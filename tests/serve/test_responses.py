@@ -108,7 +108,7 @@ def test_several_calls_in_a_row_are_one_turn(client):
         {"type": "function_call_output", "call_id": "b", "output": [{"type": "input_text", "text": "sun"}]},
     ]
     turns = [{"role": "user", "content": "a"}, *calls, *results]
-    assert ask(client, input=turns, max_output_tokens=2).usage.output_tokens == 2
+    assert 1 <= ask(client, input=turns, max_output_tokens=2).usage.output_tokens <= 2
 
 
 @pytest.mark.parametrize("kind", ["json_schema", "json_object"])
