@@ -129,7 +129,7 @@ def test_the_winner_is_tuned_alone_once_and_all_that_leaves_the_run_has_its_weig
     asked[asked.index("--profile") + 1] = str(home / "int4.toml")
     told = (
         *("--winner-minutes", "1", "--tuning-minutes", "0.01", "--tuning-steps", "150"),
-        *("--tuning-lr", "2e-3", "--text-sequences", "200", "--score-sequences", "64"),
+        *("--tuning-lr", "5e-4", "--text-sequences", "200", "--score-sequences", "64"),
     )
     result = subprocess.run([*asked, *told], capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr

@@ -16,7 +16,7 @@ from compressor.space import SubNetwork
 
 SIGNIFICANCE = 0.05
 NOTEWORTHY = 0.03
-"""Share by which bytes or times must differ to be said: less is within what measuring twice gives."""
+"""Share by which bytes must differ to be said."""
 BUDGET_NAMES = {"memory_gib": "Memory", "ttft_ms": "Time to first token", "tpot_ms": "Time per output token"}
 BUDGET_UNITS = {"memory_gib": "GiB", "ttft_ms": "ms", "tpot_ms": "ms"}
 MISSING = "–"
@@ -179,12 +179,13 @@ def beside_free(data: ReportData) -> list[str]:
     if rival is None:
         return ["No form of the unpruned model meets the budgets."] if data.references else []
     test = next((t for t in winner.tests if rival.name.endswith(t.against.rsplit(" in ", 1)[-1])), None)
-    gains = [*_accuracy_gain(winner, rival, test), *_cost_gains(winner, rival)]
+    gains = [*_accuracy_gain(winner, rival, test), *_size_gain(winner, rival)]
     ours, theirs = ([text for mine, text in gains if mine is side] for side in (True, False))
     name = rival.name.replace("unpruned,", "the unpruned model in")
     said = f"Beside {name}, the strongest that is free within the budgets, the winner "
     if not ours:
-        return [said + f"has nothing to offer: {', '.join(theirs)}."]
+        lacking = ", ".join(theirs) or "as far as the items tell it is as accurate, at the same bytes"
+        return [said + f"has nothing to offer: {lacking}. Try more minutes, or another budget."]
     return [said + f"is {', '.join(ours)}" + (f"; but {', '.join(theirs)}." if theirs else ".")]
 
 
@@ -196,20 +197,13 @@ def _accuracy_gain(winner: Winner, rival: Reference, test: PairedTest | None) ->
     return [(gap > 0, f"{abs(100 * gap):.1f} points {'more' if gap > 0 else 'less'} accurate")]
 
 
-def _cost_gains(winner: Winner, rival: Reference) -> list[tuple[bool, str]]:
-    sizes = float(winner.weight_bytes), float(rival.weight_bytes)
-    pairs = [("bytes", "fewer", "more", *sizes)]
-    if rival.speed is not None:
-        mine, theirs = winner.speed, rival.speed
-        pairs += [
-            ("time to first token", "less", "more", mine.ttft_ms, theirs.ttft_ms),
-            ("time per output token", "less", "more", mine.tpot_ms, theirs.tpot_ms),
-        ]
-    return [
-        (mine < theirs, f"{abs(1 - mine / theirs):.0%} {less if mine < theirs else more} {what}")
-        for what, less, more, mine, theirs in pairs
-        if abs(1 - mine / theirs) >= NOTEWORTHY
-    ]
+def _size_gain(winner: Winner, rival: Reference) -> list[tuple[bool, str]]:
+    """Bytes alone: times that were not taken in turns tell of the machine as much as of the model."""
+    mine, theirs = winner.weight_bytes, rival.weight_bytes
+    if abs(1 - mine / theirs) < NOTEWORTHY:
+        return []
+    less = mine < theirs
+    return [(less, f"{abs(1 - mine / theirs):.0%} {'smaller' if less else 'larger'}")]
 
 
 def headline(data: ReportData) -> str:

@@ -55,9 +55,12 @@ def test_an_engines_logits_give_the_same_score(
             return model(torch.from_numpy(ids)[None]).logits[0].numpy()
 
     evaluator = TaskEvaluator("arc_easy", tokenizer, data_dir, limit=6)
-    found = evaluator.score_artefact(
-        lambda encoded, *, greedy=True: score_by_logits(encoded, logits), "search"
-    )
+
+    def likelihoods(encoded, *, greedy=True):
+        assert greedy in (True, False)
+        return score_by_logits(encoded, logits)
+
+    found = evaluator.score_artefact(likelihoods, "search")
     assert found.value == evaluator.score(model, "search").value
 
 
