@@ -53,7 +53,7 @@ class Reference:
 
     ``accuracy`` is on the report split, like the winner's; ``search_accuracy`` on the search split,
     like the candidates'. ``name`` says which model and engine. ``within_budgets``: it could be served
-    instead of the winner.
+    instead of the winner; None where an older run did not tell.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Reference:
     accuracy: Score | None = None
     search_accuracy: Score | None = None
     speed: Speed | None = None
-    within_budgets: bool = False
+    within_budgets: bool | None = None
 
 
 @dataclass(frozen=True)

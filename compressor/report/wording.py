@@ -177,7 +177,8 @@ def beside_free(data: ReportData) -> list[str]:
     if winner is None or winner.free:
         return []
     if rival is None:
-        return ["No form of the unpruned model meets the budgets."] if data.references else []
+        told = any(reference.within_budgets is not None for reference in data.references)
+        return ["No form of the unpruned model meets the budgets."] if told else []
     test = next((t for t in winner.tests if rival.name.endswith(t.against.rsplit(" in ", 1)[-1])), None)
     gains = [*_accuracy_gain(winner, rival, test), *_size_gain(winner, rival)]
     ours, theirs = ([text for mine, text in gains if mine is side] for side in (True, False))
@@ -206,13 +207,20 @@ def _size_gain(winner: Winner, rival: Reference) -> list[tuple[bool, str]]:
     return [(less, f"{abs(1 - mine / theirs):.0%} {'smaller' if less else 'larger'}")]
 
 
+def _form(subnet: SubNetwork) -> str:
+    """The whole model's bits as its rows name them: ``INT8``, ``INT4, embeddings INT8``, ``INT4``."""
+    if min(subnet.bits) == 8:
+        return "INT8"
+    return "INT4" if subnet.embed_bits == 4 else "INT4, embeddings INT8"
+
+
 def headline(data: ReportData) -> str:
     """The run's result in one sentence."""
     winner = data.winner
     if winner is None:
         return f"No sub-network of {data.model} meets the budgets of {data.profile}."
     if winner.free:
-        form = f"the unpruned model in {numerics(data.numerics, winner.subnet)}"
+        form = f"the unpruned model in {_form(winner.subnet)}"
         kept = f"{size(winner.weight_bytes)}, {percent(winner.accuracy.value)} {data.accuracy_label}"
         met = "every budget met" if all(b.met for b in data.budgets) else "over budget"
         return (
