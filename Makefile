@@ -55,7 +55,7 @@ endif
 	touch $@
 
 test-vllm: setup-vllm  ## the vLLM tests, in their own environment
-	$(VLLM)/bin/python -m pytest $(PARALLEL) -m vllm tests/vllm
+	$(VLLM)/bin/python -m pytest $(PARALLEL) -m 'vllm and not slow' tests/vllm
 
 setup-optimum: $(OPTIMUM)/.installed  ## install optimum's ONNX exporter into .venv-optimum
 

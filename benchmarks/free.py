@@ -234,7 +234,10 @@ def _draw(entries: list[Entry], rivals: list[Entry], path: Path) -> None:
             marker, colour = "*", "#d55e00"
         axes.plot(entry.bytes / 1e6, 100 * entry.agreement["own text"], marker, color=colour, markersize=9)
         axes.annotate(
-            entry.name, (entry.bytes / 1e6, 100 * entry.agreement["own text"]), (5, 5), None, "offset points"
+            entry.name,
+            (entry.bytes / 1e6, 100 * entry.agreement["own text"]),
+            xytext=(5, 5),
+            textcoords="offset points",
         )
     axes.set_xlabel("weights (MB)")
     axes.set_ylabel("agreement with the unpruned model, unseen own text (%)")
