@@ -7,6 +7,7 @@ compressor.engines.vllm_score`` reads a request as JSON from its standard input 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -119,6 +120,8 @@ class Reader:
             with np.load(file) as data:
                 found.append({name: data[name] for name in data.files})
         shutil.rmtree(folder)
+        with contextlib.suppress(OSError):  # another request's parts are there still
+            self.kept_in.rmdir()
         return found
 
 
