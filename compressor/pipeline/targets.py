@@ -334,7 +334,7 @@ class VllmTarget:
     def _written(self, model: Path, subnet: SubNetwork, numerics: Numerics) -> Iterator[Artefact]:
         """A package on the run's disk for as long as it is scored, by a vLLM of its own."""
         self.close()
-        kept = self._context.folder.path / "scored-parts" / self._weights_of(model)
+        kept = self._context.folder.path / f"scored-parts-{self._weights_of(model)}"
         with self._on_disk(model, subnet, numerics) as folder:
             yield VllmArtefact(Reader(folder, numerics, subnet.to_dict(), self._python, kept))
 
