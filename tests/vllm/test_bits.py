@@ -31,7 +31,7 @@ from tests.vllm.conftest import FIELDS, UNEVEN
 MIXED = replace(UNEVEN, bits=(8, 4, 8))
 FORMS = [(MIXED, "int8"), (UNEVEN, "int4"), (UNEVEN, "fp8"), (UNEVEN, "int8")]
 PREDICTED = [pytest.param(form, marks=pytest.mark.slow) for form in FORMS[:3]]
-"""Still to be seen passing, so they hold up nobody: those of 4 bits want vLLM's product for CPUs with AVX-512."""
+"""Still to be seen passing, so they hold up nobody; those of 4 bits want a vLLM for CPUs with AVX-512."""
 
 
 def test_packed_weights_are_those_of_our_blocks_bit_for_bit() -> None:
